@@ -1,0 +1,1 @@
+"""Numbers and operators: affine quantization, bit planes, packed expert linears."""

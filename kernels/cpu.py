@@ -1,0 +1,113 @@
+"""The operators in PyTorch calls: one matrix product per expert that was hit. Runs on any device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moe_compiler.kernels.reference import dequantize_expert, rows_per_input
+
+
+def rows_by_expert(expert_ids: Tensor, num_experts: int) -> Iterator[tuple[int, Tensor]]:
+    """Yields each expert that was hit with the rows routed to it, `(rows,)` int64. Ids of `E` or more are skipped."""
+    order = torch.argsort(expert_ids, stable=True)
+    counts = torch.bincount(expert_ids, minlength=num_experts)[:num_experts].tolist()
+    start = 0
+    for expert, count in enumerate(counts):
+        if count:
+            yield expert, order[start : start + count]
+        start += count
+
+
+def expert_linear(x: Tensor, expert_ids: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+    """High-precision expert linear; arguments as in `moe_compiler.kernels.ops`."""
+    if transposed:
+        weight = weight.transpose(1, 2)
+    repeat = rows_per_input(x, expert_ids)
+    out = x.new_zeros(expert_ids.shape[0], weight.shape[1])
+    for expert, rows in rows_by_expert(expert_ids, weight.shape[0]):
+        expert_bias = None if bias is None else bias[expert].to(x.dtype)
+        out[rows] = F.linear(x[rows // repeat], weight[expert].to(x.dtype), expert_bias)
+    return out
+
+
+def packed_expert_linear(
+    x: Tensor,
+    expert_ids: Tensor,
+    planes: Tensor,
+    table: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    bias: Tensor | None,
+    pool_offset: Tensor,
+    pool_index: Tensor,
+    pool_value: Tensor,
+    pool_scale: Tensor,
+    group_size: int,
+) -> Tensor:
+    """Expert linear over packed weights; arguments as in `moe_compiler.kernels.ops`."""
+    repeat = rows_per_input(x, expert_ids)
+    out = x.new_zeros(expert_ids.shape[0], scale.shape[1])
+    slots = pool_offset.tolist()
+    for expert, rows in rows_by_expert(expert_ids, table.shape[0]):
+        weight = dequantize_expert(expert, x.shape[1], planes, table, scale, zero_point, group_size)
+        first, last = slots[expert], slots[expert + 1]
+        if last > first:
+            delta = pool_value[first:last].float() * pool_scale[first:last].float()[:, None]
+            weight.index_add_(1, pool_index[first:last], delta.t())
+        expert_bias = None if bias is None else bias[expert].to(x.dtype)
+        out[rows] = F.linear(x[rows // repeat], weight.to(x.dtype), expert_bias)
+    return out
+
+
+def observe_experts_(
+    x: Tensor,
+    expert_ids: Tensor,
+    gate: Tensor,
+    token_weight: Tensor,
+    abs_sum: Tensor,
+    sq_sum: Tensor,
+    hessian: Tensor,
+) -> None:
+    """Adds the statistics of one linear's inputs to its accumulators; as in `moe_compiler.kernels.ops`."""
+    repeat = rows_per_input(x, expert_ids)
+    token_repeat = rows_per_input(token_weight, expert_ids)
+    for expert, rows in rows_by_expert(expert_ids, abs_sum.shape[0]):
+        values = x[rows // repeat].float()
+        weight = token_weight[rows // token_repeat].double()
+        gates = gate[rows].double()
+        abs_sum[expert] += (weight * gates) @ values.abs().double()
+        sq_sum[expert] += (weight * gates.square()) @ values.square().double()
+        if hessian.numel():
+            weighted = values * gates.float()[:, None]
+            hessian[expert].addmm_(weighted.t(), weighted)
+
+
+def observe_routing_(
+    expert_ids: Tensor,
+    gate: Tensor,
+    token_weight: Tensor,
+    top_k: int,
+    tokens: Tensor,
+    count: Tensor,
+    token_mass: Tensor,
+    gate_mass: Tensor,
+) -> None:
+    """Adds what the router did to its accumulators; arguments as in `moe_compiler.kernels.ops`."""
+    num_experts = count.shape[0]
+    num_tokens = expert_ids.shape[0] // top_k
+    per_token = token_weight.double()
+    if per_token.numel() == 1:
+        per_token = per_token.expand(num_tokens)
+    tokens[0] += num_tokens
+    tokens[1] += per_token.sum()
+    tokens[2] = top_k
+    weight = per_token.repeat_interleave(top_k)
+    kept = expert_ids < num_experts
+    ids, weight = expert_ids[kept], weight[kept]
+    count += torch.bincount(ids, minlength=num_experts)
+    token_mass.index_add_(0, ids, weight)
+    gate_mass.index_add_(0, ids, weight * gate[kept].double())

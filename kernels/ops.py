@@ -1,0 +1,124 @@
+"""The operators of the rewritten graphs: `torch.ops.moe_compiler.*`, one name for every device.
+
+Importing this module registers them. `R` rows are the (token, expert) pairs of a batch: `T` tokens with `k` experts
+each give `R = T·k` rows in token order. An id of `E` or more marks a pair that another rank computes: its row is 0.
+
+`expert_linear(x, expert_ids, weight, bias, transposed) -> (R, N)`
+    The linear of the captured graph, in the model's own precision. `x` is `(T, K)` or `(R, K)`: row `r` of the output
+    reads `x[r // (R / x.shape[0])]`. `weight` is `(E, N, K)`, or `(E, K, N)` if `transposed`; `bias` `(E, N)`.
+
+`packed_expert_linear(x, expert_ids, planes, table, scale, zero_point, bias, pool_offset, pool_index, pool_value,
+pool_scale, group_size) -> (R, N)`
+    The linear of the lowered graph. `planes` and `table` as in `moe_compiler.kernels.planes`; `scale` `(E, N, groups)`
+    float16; `zero_point` `(E, N, groups)` uint8, in units of `2**(bits - 8)`. Channel pool of `C` slots, sorted by
+    expert: slots `pool_offset[e]` up to `pool_offset[e + 1]` (`(E + 1,)` int32) belong to expert `e`, and slot `s` adds
+    `pool_scale[s] · pool_value[s] · x[:, pool_index[s]]`; `pool_index` `(C,)` int32, `pool_value` `(C, N)` int8,
+    `pool_scale` `(C,)` float32. Slots past `pool_offset[E]` are idle.
+
+`observe_experts_(x, expert_ids, gate, token_weight, abs_sum, sq_sum, hessian) -> ()`
+    The observer: adds to `abs_sum` and `sq_sum` `(E, K)` float64 and, unless it is empty, `hessian` `(E, K, K)`
+    float32 what `moe_compiler.passes.statistics` defines. `gate` is `(R,)`; `token_weight` is `(T,)`, or `(1,)` for
+    one weight for all.
+
+`observe_routing_(expert_ids, gate, token_weight, top_k, tokens, count, token_mass, gate_mass) -> ()`
+    Adds the number of tokens and the sum of their weights to `tokens[0]` and `tokens[1]` and writes `top_k` to
+    `tokens[2]` (float64); adds the routed tokens, their weights and their routing weights to `count` `(E,)` int64,
+    `token_mass` and `gate_mass` `(E,)` float64.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moe_compiler.kernels import cpu
+
+NAMESPACE = "moe_compiler"
+
+_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+_LIBRARY.define("expert_linear(Tensor x, Tensor expert_ids, Tensor weight, Tensor? bias, bool transposed) -> Tensor")
+_LIBRARY.define(
+    "packed_expert_linear(Tensor x, Tensor expert_ids, Tensor planes, Tensor table, Tensor scale, "
+    "Tensor zero_point, Tensor? bias, Tensor pool_offset, Tensor pool_index, Tensor pool_value, "
+    "Tensor pool_scale, int group_size) -> Tensor"
+)
+_LIBRARY.define(
+    "observe_experts_(Tensor x, Tensor expert_ids, Tensor gate, Tensor token_weight, "
+    "Tensor(a!) abs_sum, Tensor(b!) sq_sum, Tensor(c!) hessian) -> ()"
+)
+_LIBRARY.define(
+    "observe_routing_(Tensor expert_ids, Tensor gate, Tensor token_weight, int top_k, Tensor(a!) tokens, "
+    "Tensor(b!) count, Tensor(c!) token_mass, Tensor(d!) gate_mass) -> ()"
+)
+for _device in ("CPU", "CUDA"):
+    _LIBRARY.impl("expert_linear", cpu.expert_linear, _device)
+    _LIBRARY.impl("packed_expert_linear", cpu.packed_expert_linear, _device)
+    _LIBRARY.impl("observe_experts_", cpu.observe_experts_, _device)
+    _LIBRARY.impl("observe_routing_", cpu.observe_routing_, _device)
+
+
+def _check_device(x: Tensor, weight: Tensor) -> None:
+    """The fake also serves as the meta kernel: weights left on meta must not yield uninitialised memory."""
+    if x.device != weight.device:
+        raise RuntimeError(
+            f"`x` is on {x.device} but the experts' weights are on {weight.device}: move the model to one device"
+        )
+
+
+def _expert_linear_fake(x: Tensor, expert_ids: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+    _check_device(x, weight)
+    return x.new_empty(expert_ids.shape[0], weight.shape[2 if transposed else 1])
+
+
+def _packed_expert_linear_fake(
+    x: Tensor,
+    expert_ids: Tensor,
+    planes: Tensor,
+    table: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    bias: Tensor | None,
+    pool_offset: Tensor,
+    pool_index: Tensor,
+    pool_value: Tensor,
+    pool_scale: Tensor,
+    group_size: int,
+) -> Tensor:
+    _check_device(x, planes)
+    return x.new_empty(expert_ids.shape[0], scale.shape[1])
+
+
+def _observe_experts_fake(
+    x: Tensor,
+    expert_ids: Tensor,
+    gate: Tensor,
+    token_weight: Tensor,
+    abs_sum: Tensor,
+    sq_sum: Tensor,
+    hessian: Tensor,
+) -> None:
+    _check_device(x, abs_sum)
+
+
+def _observe_routing_fake(
+    expert_ids: Tensor,
+    gate: Tensor,
+    token_weight: Tensor,
+    top_k: int,
+    tokens: Tensor,
+    count: Tensor,
+    token_mass: Tensor,
+    gate_mass: Tensor,
+) -> None:
+    _check_device(expert_ids, count)
+
+
+torch.library.register_fake(f"{NAMESPACE}::expert_linear", _expert_linear_fake, lib=_LIBRARY)
+torch.library.register_fake(f"{NAMESPACE}::packed_expert_linear", _packed_expert_linear_fake, lib=_LIBRARY)
+torch.library.register_fake(f"{NAMESPACE}::observe_experts_", _observe_experts_fake, lib=_LIBRARY)
+torch.library.register_fake(f"{NAMESPACE}::observe_routing_", _observe_routing_fake, lib=_LIBRARY)
+
+expert_linear = torch.ops.moe_compiler.expert_linear.default
+packed_expert_linear = torch.ops.moe_compiler.packed_expert_linear.default
+observe_experts_ = torch.ops.moe_compiler.observe_experts_.default
+observe_routing_ = torch.ops.moe_compiler.observe_routing_.default
