@@ -1,0 +1,165 @@
+"""Which input channels the pool corrects, and with what: the rules of `adapt` (DynaMo IV-B, V-A)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moe_compiler.kernels.affine import choose_qparams, dequantize, quantize
+from moe_compiler.kernels.experts import PackedExpertLinear
+from moe_compiler.kernels.pool import ChannelPool
+
+
+@dataclass(frozen=True)
+class LinearMaster:
+    """What stays of one linear's original weights, in host memory, so that channels can be corrected later.
+
+    Attributes:
+        error: `(E, K)` float32, `‖W[:, c] − Ŵ[:, c]‖²`: the squared error of each channel of the quantized base.
+        column_norm: `(E, K)` float32, `‖W[:, c]‖`.
+        experts: `(M,)` int64, the expert of each original column that is kept.
+        channels: `(M,)` int64, its input channel.
+        columns: `(M, N)` float16, the original column.
+    """
+
+    error: Tensor
+    column_norm: Tensor
+    experts: Tensor
+    channels: Tensor
+    columns: Tensor
+
+    @property
+    def size_bytes(self) -> int:
+        """Host memory that the master takes."""
+        tensors = (self.error, self.column_norm, self.experts, self.channels, self.columns)
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def build_master(weight: Tensor, packed: PackedExpertLinear, energy: Tensor, fraction: float) -> LinearMaster:
+    """Keeps the original columns that a later correction most likely wants.
+
+    These are, first, the channels with the largest expected error on the calibration data, as many as the pool has
+    slots, and then those with the largest `error · mean of the energy over experts`. That the second term ignores
+    which experts the calibration data used is our decision: those that it did not use are quantized coarsest, and
+    other data may use them.
+
+    Args:
+        weight: `(E, N, K)`, the original weight.
+        packed: its packed form.
+        energy: `(E, K)`, the sum of `g²·x_c²` on the calibration data.
+        fraction: the share of the `E·K` columns to keep, 1 for all; at least the pool's capacity is kept.
+    """
+    experts, _, channels = weight.shape
+    error = torch.empty(experts, channels)
+    for expert in range(experts):
+        difference = weight[expert].float() - packed.dequantize_expert(expert)
+        error[expert] = difference.square().sum(dim=0).cpu()
+    energy = energy.float().cpu()
+    score = (error * energy.mean(dim=0, keepdim=True)).view(-1)
+    slots = min(packed.pool.capacity, score.numel())
+    score[torch.topk((error * energy).view(-1), slots).indices] = torch.inf
+    best = torch.topk(score, max(slots, round(fraction * score.numel()))).indices.sort().values
+    at_expert, at_channel = best // channels, best % channels
+    columns = weight[at_expert.to(weight.device), :, at_channel.to(weight.device)]
+    return LinearMaster(
+        error=error,
+        column_norm=torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).cpu(),
+        experts=at_expert,
+        channels=at_channel,
+        columns=columns.to("cpu", torch.float16),
+    )
+
+
+def base_columns(packed: PackedExpertLinear, experts: Tensor, channels: Tensor) -> Tensor:
+    """Columns of the quantized base, `(S, N)` float32 on the host, for `S` pairs of expert and channel."""
+    columns = torch.empty(experts.shape[0], packed.out_features)
+    for expert in experts.unique().tolist():
+        rows = (experts == expert).nonzero().squeeze(1)
+        base = packed.dequantize_expert(expert).cpu()
+        columns[rows] = base[:, channels[rows]].t()
+    return columns
+
+
+def restore(master: LinearMaster, packed: PackedExpertLinear, energy: Tensor) -> ChannelPool:
+    """Rule `"restore"`: the slots go to the channels with the largest expected error on the new data.
+
+    The expected squared error of channel `c` of expert `e` is `‖W[:, c] − Ŵ[:, c]‖² · Σ g² x_c²`; the slot holds the
+    difference, so the channel is restored to INT8 precision of its residual. Our decision; it needs statistics of
+    the new data and the master's columns.
+
+    Args:
+        master: the original columns to choose from.
+        packed: the quantized base.
+        energy: `(E, K)`, the sum of `g²·x_c²` on the new data.
+
+    Returns:
+        The new contents, on the host. Slots that no channel needs stay idle.
+    """
+    score = (master.error * energy.float().cpu())[master.experts, master.channels]
+    count = min(packed.pool.capacity, int((score > 0).sum()))
+    best = torch.topk(score, count).indices
+    experts, channels = master.experts[best], master.channels[best]
+    delta = master.columns[best].float() - base_columns(packed, experts, channels)
+    return _contents(packed, experts, channels, delta)
+
+
+def recluster(
+    master: LinearMaster, packed: PackedExpertLinear, significance: Tensor, bits: Sequence[int]
+) -> ChannelPool:
+    """Rule `"cluster"`: cached channels are requantized to the width of their expert's new cluster (DynaMo V-A).
+
+    Every kept channel of an expert whose cluster changed is a candidate; the most significant ones on the new data
+    take the slots. A slot holds the difference between the channel requantized from FP16 to the new width, up or
+    down, and the base. Requantizing uses one scale per group of 128 outputs of the column; the paper does not say.
+
+    Args:
+        master: the original columns to choose from.
+        packed: the quantized base.
+        significance: `(E, K)`, the channels' significance on the new data.
+        bits: the experts' widths by their new clusters.
+
+    Returns:
+        The new contents, on the host.
+    """
+    changed = torch.tensor([new != old for new, old in zip(bits, packed.bits, strict=True)])
+    score = torch.where(
+        changed[master.experts],
+        significance.cpu().float()[master.experts, master.channels],
+        -torch.inf,
+    )
+    count = min(packed.pool.capacity, int((score > 0).sum()))
+    best = torch.topk(score, count).indices
+    experts, channels = master.experts[best], master.channels[best]
+    wanted = master.columns[best].float()
+    for width in {bits[expert] for expert in experts.tolist()}:
+        rows = torch.tensor([bits[expert] == width for expert in experts.tolist()])
+        scale, zero_point = choose_qparams(wanted[rows], width, 128)
+        codes = quantize(wanted[rows], scale, zero_point, width, 128)
+        wanted[rows] = dequantize(codes, scale, zero_point, 128)
+    return _contents(packed, experts, channels, wanted - base_columns(packed, experts, channels))
+
+
+def expected_error(master: LinearMaster, packed: PackedExpertLinear, pool: ChannelPool, energy: Tensor) -> float:
+    """Expected squared error of the linear's output on the data that `energy` was collected on, channel by channel.
+
+    `Σ_{e,c} ‖W_e[:, c] − Ŵ_e[:, c]‖² · energy[e, c]`, where channels in the pool count with what the pool leaves.
+    Correlations between channels are left out.
+    """
+    error = master.error.double().clone()
+    experts, channels = pool.experts().cpu(), pool.index[: pool.used].long().cpu()
+    width = master.error.shape[1]
+    kept = master.experts * width + master.channels
+    order = torch.argsort(kept)
+    wanted = experts * width + channels
+    at = order[torch.searchsorted(kept[order], wanted)] if pool.used else wanted
+    original = master.columns[at].double()
+    left = original - base_columns(packed, experts, channels).double() - pool.columns().double().cpu()
+    error[experts, channels] = left.square().sum(dim=1)
+    return float((error * energy.double().cpu()).sum())
+
+
+def _contents(packed: PackedExpertLinear, experts: Tensor, channels: Tensor, delta: Tensor) -> ChannelPool:
+    return ChannelPool.from_columns(experts, channels, delta, packed.num_experts, packed.pool.capacity)
