@@ -1,0 +1,245 @@
+"""`dynamo_compile`: the whole pipeline as one flat list of steps."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from moe_compiler.checks import check_blocks, check_finite, check_model
+from moe_compiler.config import CompileConfig
+from moe_compiler.coverage import CompileReport, block_coverage
+from moe_compiler.data import load_calibration, load_samples
+from moe_compiler.hessians import HessianWindows
+from moe_compiler.inspection import readable
+from moe_compiler.layer import CompiledLayer, compile_layer, layer_evidence, measure_errors
+from moe_compiler.passes.assign import assign
+from moe_compiler.passes.base import NoProgress, Progress
+from moe_compiler.passes.calibrate import Dataset, observe_datasets
+from moe_compiler.passes.capture import MoEBlock, capture_moe_blocks
+from moe_compiler.passes.graph import MoEGraph
+from moe_compiler.passes.observe import observed_block
+from moe_compiler.passes.plan import PrecisionPlan
+from moe_compiler.passes.significance import token_weights
+from moe_compiler.passes.statistics import BlockStatistics, LayerEvidence
+from moe_compiler.progress import RichProgress
+from moe_compiler.runtime.runtime import Runtime
+
+Model = TypeVar("Model", bound=nn.Module)
+Statistics = Mapping[str, Mapping[str, BlockStatistics]]
+"""By block path and dataset."""
+
+
+def dynamo_compile(
+    model: Model,
+    calibration: Mapping[str, Any],
+    config: CompileConfig | None = None,
+    *,
+    tokenizer: Any = None,
+    compile: bool = False,
+    progress: bool | Progress = True,
+    **overrides: Any,
+) -> Model:
+    """Quantizes the experts of an MoE model, each at its own width, in place.
+
+    Method: DynaMo (arXiv 2503.21135v3); every decision beyond the paper is named where it is made.
+
+    Args:
+        model: a Hugging Face MoE model with its weights on one device. It is put in eval mode.
+        calibration: by dataset name, samples: texts, token ids or a `datasets.Dataset`. Several datasets of different
+            kinds make the allocation robust.
+        config: the choices; `overrides` replace single fields, as in `dynamo_compile(..., target_bits=3.0)`.
+        tokenizer: needed where samples are text; kept for `model.runtime.adapt`.
+        compile: also call `model.compile(fullgraph=True, dynamic=True)` at the end.
+        progress: draw progress bars on standard error, or an object that shows progress in its own way.
+        **overrides: fields of `CompileConfig`.
+
+    Returns:
+        The same object. `model.runtime` adapts it, `model.moe_graphs` holds the rewritten graph of each MoE block by
+        its path, `model.moe_report` what was decided and what was covered; the original experts are freed.
+
+    Raises:
+        ValueError: bad samples, a model that cannot be compiled (no MoE block, compiled or quantized already,
+            offloaded, NaN weights), or a `target_bits` that cannot be met. Nothing has been changed then.
+        FloatingPointError: NaN or infinite activations on the calibration data. Nothing has been changed.
+        RuntimeError: quantization failed after the first layers had been replaced; the model must be loaded again.
+    """
+    config = (config or CompileConfig()).with_overrides(**overrides)
+    shown: Progress = (RichProgress() if progress else NoProgress()) if isinstance(progress, bool) else progress
+    check_model(model)
+    vocab_size = _vocab_size(model)
+    datasets = load_calibration(
+        calibration, tokenizer=tokenizer, sequence_length=config.sequence_length, vocab_size=vocab_size
+    )
+    check_finite(model)
+    was_training = model.training
+    model.eval()
+    try:
+        example = next(iter(datasets.values()))[0][None, :8].to(next(model.parameters()).device)
+        blocks = capture_moe_blocks(model, example)
+        check_blocks(model, blocks)
+        statistics = observe_datasets(
+            model,
+            blocks,
+            datasets,
+            token_weights=_token_weights(datasets, vocab_size, config),
+            tokens_per_batch=config.tokens_per_batch,
+            progress=shown,
+        )
+        hessians = HessianWindows(model, blocks, datasets, config, shown)
+        evidence = [layer_evidence(block, statistics[path], config) for path, block in blocks.items()]
+        if config.strategy == "budget":
+            evidence = _measured(evidence, blocks, statistics, hessians, config)
+        plan = _assign(evidence, config)
+    except BaseException:
+        model.train(was_training)
+        raise
+    layers = _lower(model, blocks, plan, statistics, hessians, config, shown)
+    _attach(model, layers, plan, config, tokenizer, vocab_size, shown)
+    if compile:
+        model.compile(fullgraph=True, dynamic=True)
+    return model
+
+
+def _vocab_size(model: nn.Module) -> int | None:
+    embeddings: Any = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
+    return embeddings.num_embeddings if isinstance(embeddings, nn.Embedding) else None
+
+
+def _token_weights(
+    datasets: Mapping[str, Dataset], vocab_size: int | None, config: CompileConfig
+) -> dict[str, torch.Tensor] | None:
+    """By dataset, the weight of each token (MoQa eq. 2), or `None` where every token counts 1."""
+    alpha = config.token_weight_alpha
+    if alpha is None:
+        if config.strategy != "moqa":
+            return None
+        alpha = 0.3
+    weights = {}
+    for name, dataset in datasets.items():
+        counts = torch.bincount(torch.cat(list(dataset)), minlength=vocab_size or 0)
+        weights[name] = token_weights(counts, alpha)
+    return weights
+
+
+def _assign(evidence: list[LayerEvidence], config: CompileConfig) -> PrecisionPlan:
+    return assign(
+        evidence,
+        config.strategy,
+        target_bits=config.target_bits,
+        widths=config.widths,
+        seed=config.seed,
+        overlap=config.overlap,
+        insurance=config.insurance,
+        uniform_bits=config.uniform_bits,
+    )
+
+
+def _measured(
+    evidence: list[LayerEvidence],
+    blocks: Mapping[str, MoEBlock],
+    statistics: Statistics,
+    hessians: HessianWindows,
+    config: CompileConfig,
+) -> list[LayerEvidence]:
+    """The evidence with the measured error of every width, which the strategy `"budget"` needs."""
+    by_path = {layer.path: layer for layer in evidence}
+    for window in hessians.windows():
+        found = hessians.collect(window)
+        with hessians.progress.task("measuring widths", len(window)) as advance:
+            for path in window:
+                count = sum(one.count for one in statistics[path].values())
+                assert isinstance(count, torch.Tensor)
+                errors, signal = measure_errors(blocks[path], found[path], count, config)
+                by_path[path] = replace(by_path[path], errors=errors, signal=signal)
+                advance()
+    return list(by_path.values())
+
+
+def _lower(
+    model: nn.Module,
+    blocks: Mapping[str, MoEBlock],
+    plan: PrecisionPlan,
+    statistics: Statistics,
+    hessians: HessianWindows,
+    config: CompileConfig,
+    progress: Progress,
+) -> dict[str, CompiledLayer]:
+    """Quantizes and lowers every block, window by window, so that a window sees the quantized layers before it."""
+    layers: dict[str, CompiledLayer] = {}
+    try:
+        for window in hessians.windows():
+            found = hessians.collect(window) if config.quantizer == "gptq" else {}
+            with progress.task("quantizing", len(window)) as advance:
+                for path, block in window.items():
+                    stages = _stages(block)
+                    layers[path] = compile_layer(
+                        model,
+                        block,
+                        plan.layers[path],
+                        found.get(path),
+                        list(statistics[path].values()),
+                        config,
+                    )
+                    _graph(model, path).meta["stages"] = stages
+                    gc.collect()  # graphs and modules refer to each other: the originals go only now
+                    advance()
+    except BaseException as error:
+        if not layers:
+            raise
+        raise RuntimeError(
+            f"quantization failed after {len(layers)} of {len(blocks)} MoE blocks had been replaced; "
+            "the model is of no use any more: load it again"
+        ) from error
+    return layers
+
+
+def _graph(model: nn.Module, path: str) -> MoEGraph:
+    graph = model.get_submodule(path)
+    assert isinstance(graph, MoEGraph)
+    return graph
+
+
+def _stages(block: MoEBlock) -> dict[str, str]:
+    """The block's graphs as readable code before lowering: captured, and with observers."""
+    observed, _ = observed_block(block, hessian=False)
+    return {"captured": readable(block.graph), "observed": readable(observed)}
+
+
+def _attach(
+    model: Any,
+    layers: Mapping[str, CompiledLayer],
+    plan: PrecisionPlan,
+    config: CompileConfig,
+    tokenizer: Any,
+    vocab_size: int | None,
+    progress: Progress,
+) -> None:
+    """Hangs the runtime, the graphs and the plan on the model."""
+    load = partial(_load, default_tokenizer=tokenizer, sequence_length=config.sequence_length, vocab_size=vocab_size)
+    model.runtime = Runtime(
+        model,
+        {path: layer.runtime for path, layer in layers.items()},
+        rule=config.rule,
+        tokens_per_batch=config.tokens_per_batch,
+        load=load,
+        progress=progress,
+    )
+    model.moe_graphs = {path: _graph(model, path) for path in layers}
+    model.moe_report = CompileReport(
+        config=config,
+        plan=plan,
+        blended={path: dict(layer.blended) for path, layer in layers.items()},
+        coverage=tuple(entry for layer in layers.values() for entry in block_coverage(layer.runtime)),
+    )
+
+
+def _load(samples: Any, *, name: str, tokenizer: Any, default_tokenizer: Any, **options: Any) -> Dataset:
+    """Samples for `Runtime.adapt`, with the tokenizer that `dynamo_compile` was given as the default."""
+    return load_samples(samples, name=name, tokenizer=tokenizer or default_tokenizer, **options)

@@ -1,0 +1,114 @@
+"""What was done to every MoE block and linear of a model: lowered, or left alone and why."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from moe_compiler.config import CompileConfig
+from moe_compiler.kernels.experts import PackedExpertLinear
+from moe_compiler.kernels.linear import PackedLinear
+from moe_compiler.passes.plan import PrecisionPlan
+from moe_compiler.runtime.runtime import RuntimeLayer
+
+
+@dataclass(frozen=True)
+class CoverageEntry:
+    """One linear, or one expert linear of all experts together.
+
+    Attributes:
+        path: its path in the model.
+        kind: `"experts"`, `"shared experts"` or `"other"`.
+        lowered: whether it runs as a packed operator now.
+        reason: why it was left alone; empty if it was lowered.
+        weights: how many weights it stands for.
+        size_bytes: bytes of its buffers, channel pool included.
+        code_bits: mean width of a code, or the bits of the model's own dtype.
+        effective_bits: bits per weight from the buffers' real sizes.
+    """
+
+    path: str
+    kind: str
+    lowered: bool
+    reason: str
+    weights: int
+    size_bytes: int
+    code_bits: float
+    effective_bits: float
+
+
+@dataclass(frozen=True)
+class CompileReport:
+    """What `dynamo_compile` decided and did; hangs on the model as `model.moe_report`.
+
+    Attributes:
+        config: the choices.
+        plan: the width of every expert and linear.
+        blended: by block path and linear, the experts that saw too few tokens for a Hessian of their own and took
+            part of the layer's pooled one.
+        coverage: every linear of every MoE block.
+    """
+
+    config: CompileConfig
+    plan: PrecisionPlan
+    blended: Mapping[str, Mapping[str, tuple[int, ...]]]
+    coverage: tuple[CoverageEntry, ...]
+
+    @property
+    def code_bits(self) -> float:
+        """Mean width of the codes of the routed experts' weights."""
+        routed = [entry for entry in self.coverage if entry.kind == "experts"]
+        return sum(e.code_bits * e.weights for e in routed) / sum(e.weights for e in routed)
+
+    @property
+    def effective_bits(self) -> float:
+        """Bits per weight of the routed experts: all their buffers over all their weights."""
+        routed = [entry for entry in self.coverage if entry.kind == "experts"]
+        return 8 * sum(e.size_bytes for e in routed) / sum(e.weights for e in routed)
+
+
+def block_coverage(layer: RuntimeLayer) -> list[CoverageEntry]:
+    """Every linear of one lowered MoE block."""
+    block = layer.block
+    entries = [
+        _packed_entry(f"{block.spec.path}.{name}", "experts", packed)
+        for name, packed in layer.experts.all_packed().items()
+    ]
+    for name, module in block.graph.named_modules():
+        path = f"{block.path}.{name}"
+        if isinstance(module, PackedLinear):
+            entries.append(_packed_entry(path, "shared experts", module.packed))
+        elif name and not any(module.children()):
+            weight = module._parameters.get("weight")
+            if weight is not None and weight.dim() == 2:
+                entries.append(_left_alone(path, weight))
+    return entries
+
+
+def _packed_entry(path: str, kind: str, packed: PackedExpertLinear) -> CoverageEntry:
+    return CoverageEntry(
+        path=path,
+        kind=kind,
+        lowered=True,
+        reason="",
+        weights=packed.num_weights,
+        size_bytes=packed.size_bytes,
+        code_bits=packed.code_bits,
+        effective_bits=packed.effective_bits,
+    )
+
+
+def _left_alone(path: str, weight: nn.Parameter) -> CoverageEntry:
+    bits = 8.0 * weight.element_size()
+    return CoverageEntry(
+        path=path,
+        kind="other",
+        lowered=False,
+        reason="not an expert",
+        weights=weight.numel(),
+        size_bytes=weight.numel() * weight.element_size(),
+        code_bits=bits,
+        effective_bits=bits,
+    )
