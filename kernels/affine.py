@@ -199,7 +199,7 @@ def _search(values: Tensor, weights: Tensor, bits: int, steps: int) -> tuple[Ten
         )
 
     def error(scale: Tensor, zero_point: Tensor) -> Tensor:
-        exact = torch.addcdiv(zero_point.unsqueeze(-1), values, scale.unsqueeze(-1))
+        exact = torch.addcmul(zero_point.unsqueeze(-1), values, scale.reciprocal().unsqueeze(-1))
         missed = exact.round().clamp_(0, top).sub_(exact).square_().mul_(weights)
         return missed.sum(-1) * scale * scale
 

@@ -60,7 +60,7 @@ class CompileConfig:
     pool_fraction: float = 0.01
     rule: str = "restore"
     master: str = "cache"
-    cache_fraction: float = 0.04
+    cache_fraction: float = 0.1
     sequence_length: int = 512
     tokens_per_batch: int = 4096
     hessian_memory_bytes: int = 4 << 30

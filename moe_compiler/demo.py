@@ -25,6 +25,7 @@ from moe_compiler.passes.calibrate import Dataset
 from moe_compiler.progress import RichProgress
 
 BASELINE_BITS = 3
+POOL_FRACTION = 0.02
 Split = Literal["train", "evaluation"]
 
 
@@ -132,7 +133,15 @@ def run_demo(
         progress=progress,
     )
     rows.append(_row("random 4/2", random, measure(random)))
-    dynamo_compile(model, calibration, target_bits=target, tokenizer=tokenizer, progress=progress)
+    dynamo_compile(
+        model,
+        calibration,
+        target_bits=target,
+        pool_fraction=POOL_FRACTION,
+        master="memory",
+        tokenizer=tokenizer,
+        progress=progress,
+    )
     static = measure(model)
     rows.append(_row("DynaMo", model, static))
 
@@ -203,7 +212,8 @@ def _print(result: DemoResult, calibration_tokens: int, adapt_tokens: int, conso
         "Perplexity on held-out text by domain; loss: mean of 100 ln(perplexity / original).",
         f"Calibrated on {calibration_tokens:,} tokens of each seen domain.",
         "*  evaluated with dequantized weights; bits and bytes are those of a 3-bit packing",
-        f"** every new domain after adapting in place to {adapt_tokens:,} of its tokens",
+        f"** every new domain after adapting in place to {adapt_tokens:,} of its tokens, from the original columns",
+        f"   in host memory; the pool of {POOL_FRACTION:.0%} of the channels counts in the bits",
         f"{result.recompilations} recompilations over {len(result.unseen)} adaptations, "
         f"after {result.graphs} graph for 3 shapes; {result.seconds:.0f} s in all",
     ):

@@ -39,8 +39,8 @@ def quantize_gptq(
     - `act_order` rounds the groups, and the columns of each group, by descending Hessian diagonal (after GAR,
       arXiv 2505.14638). Groups stay contiguous, so codes are stored in natural order and ranges still see
       compensated weights. Ordering all columns needs ranges fixed beforehand, and lost at 2 bits.
-    - The default damping is 0.05, not GPTQ's 0.01: it costs nothing on the data calibrated on, and a tenth to a
-      quarter less error on other domains.
+    - The default damping is 0.05, not GPTQ's 0.01: a few per cent more error on the data calibrated on, slightly
+      less on other text of the same domains, and about 5 % less on other domains.
 
     Args:
         weight: `(E, N, K)`, any floating dtype; not modified.
@@ -72,8 +72,8 @@ def quantize_gptq(
 
 
 def _expert_bytes(N: int, K: int, group_size: int) -> int:
-    """Working memory of one expert: Hessians in float64, weights, errors and codes, buffers of a group."""
-    return 6 * K * K * 8 + N * K * 13 + N * group_size * 40
+    """Bound on the working memory of one expert: Hessians in float64, copies of its weights, one group's buffers."""
+    return 48 * K * K + 30 * N * K + 52 * N * group_size
 
 
 def _chunks(bits: Sequence[int], size: int) -> Iterator[tuple[int, list[int]]]:
@@ -153,9 +153,11 @@ def _quantize_chunk(
     scales, zero_points = [], []
     for start in range(0, K, group_size):
         part = slice(start, start + group_size)
-        compensated = torch.baddbmm(columns[:, part], factor[:, :start, part].mT, errors[:, :start])
-        group = _Group(columns[:, part], compensated, factor[:, part, part], pivot[:, part], bits)
-        best = _round_group(group, compensated)
+        owed = factor[:, :start, part].mT @ errors[:, :start]
+        group = _Group(columns[:, part], columns[:, part] + owed, factor[:, part, part], pivot[:, part], bits)
+        # What the group's weights would become if they were not rounded: what GPTQ would hold for them now.
+        expected = torch.linalg.solve_triangular(group.factor.mT, owed, upper=False, unitriangular=True)
+        best = _round_group(group, columns[:, part] + expected)
         for _ in range(refine):
             best = _better(best, _round_group(group, best.rounded))
         errors[:, part] = best.errors

@@ -13,7 +13,7 @@ from moe_compiler.kernels.affine import QuantizedWeight
 from moe_compiler.passes.gptq import quantize_gptq
 from moe_compiler.passes.hessian import BlendedHessians, blend_hessians, check_hessian, output_error
 from moe_compiler.passes.hqq import quantize_hqq
-from moe_compiler.passes.rtn import quantize_rtn
+from moe_compiler.passes.rtn import check_weight, quantize_rtn
 
 __all__ = [
     "QUANTIZERS",
@@ -72,6 +72,7 @@ def _gptq(weight: Tensor, hessian: Tensor | None, bits: Sequence[int], group_siz
 def _rtn(weight: Tensor, hessian: Tensor | None, bits: Sequence[int], group_size: int) -> QuantizedWeight:
     importance = None
     if hessian is not None:
+        check_weight(weight, bits, group_size)
         check_hessian(hessian, weight.shape[0], weight.shape[-1])
         diagonal = torch.diagonal(hessian, dim1=-2, dim2=-1).float()
         importance = diagonal + _IMPORTANCE_FLOOR * diagonal.mean(-1, keepdim=True)

@@ -63,6 +63,9 @@ def quantize_rtn(
         ValueError: an argument has the wrong shape or value, or `weight` is not finite.
     """
     check_weight(weight, bits, group_size)
+    E, _, K = weight.shape
+    if importance is not None and importance.shape != (E, K):
+        raise ValueError(f"`importance` must have the shape {(E, K)}, got {tuple(importance.shape)}")
     result = empty_quantized(weight, bits, group_size)
     for e, width in enumerate(result.bits):
         matrix = weight[e].float()

@@ -42,9 +42,9 @@ def build_master(weight: Tensor, packed: PackedExpertLinear, energy: Tensor, fra
     """Keeps the original columns that a later correction most likely wants.
 
     These are, first, the channels with the largest expected error on the calibration data, as many as the pool has
-    slots, and then those with the largest `error · mean of the energy over experts`. That the second term ignores
-    which experts the calibration data used is our decision: those that it did not use are quantized coarsest, and
-    other data may use them.
+    slots, and then those with the largest error `‖W[:, c] − Ŵ[:, c]‖²`, whatever passed them during calibration. Our
+    decision: other data use other experts and channels, and of the rankings tried on the embedded model (by error, by
+    error times the calibration data's energy or its mean over experts) this one kept most of what new data needed.
 
     Args:
         weight: `(E, N, K)`, the original weight.
@@ -58,7 +58,7 @@ def build_master(weight: Tensor, packed: PackedExpertLinear, energy: Tensor, fra
         difference = weight[expert].float() - packed.dequantize_expert(expert)
         error[expert] = difference.square().sum(dim=0).cpu()
     energy = energy.float().cpu()
-    score = (error * energy.mean(dim=0, keepdim=True)).view(-1)
+    score = error.view(-1).clone()
     slots = min(packed.pool.capacity, score.numel())
     score[torch.topk((error * energy).view(-1), slots).indices] = torch.inf
     best = torch.topk(score, max(slots, round(fraction * score.numel()))).indices.sort().values

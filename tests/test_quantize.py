@@ -91,11 +91,10 @@ def importance_order(hessian: Tensor, group_size: int) -> list[list[int]]:
 def test_batched_gptq_agrees_with_the_textbook(bits: int, act_order: bool) -> None:
     weight, hessian = experts()
     quantized = quantize_gptq(weight, hessian, [bits] * E, 32, act_order=act_order, refine=0)
-    natural = [list(range(start, min(start + 32, K))) for start in range(0, K, 32)]
-    results = [
-        textbook_gptq(weight[e], hessian[e], bits, 32, 0.05, importance_order(hessian[e], 32) if act_order else natural)
-        for e in range(E)
-    ]
+    results = []
+    for e in range(E):
+        order = importance_order(hessian[e] if act_order else torch.eye(K), 32)
+        results.append(textbook_gptq(weight[e], hessian[e], bits, 32, 0.05, order))
     codes = torch.stack([codes for codes, _ in results])
     assert (quantized.codes == codes).float().mean() > 0.999
     expected = output_error(weight, torch.stack([restored for _, restored in results]), hessian)
@@ -115,8 +114,10 @@ def test_gptq_beats_rounding_to_nearest_on_correlated_inputs(bits: int) -> None:
 def test_the_choices_of_gptq_pay(option: str) -> None:
     weight, hessian = experts(2, E=4, N=64, K=128)
     default = output_error(weight, quantize_gptq(weight, hessian, [2] * 4, 32), hessian)
-    without = {"act_order": {"act_order": False}, "refine": {"refine": 0}}[option]
-    plain = output_error(weight, quantize_gptq(weight, hessian, [2] * 4, 32, **without), hessian)
+    without = quantize_gptq(
+        weight, hessian, [2] * 4, 32, act_order=option != "act_order", refine=int(option != "refine")
+    )
+    plain = output_error(weight, without, hessian)
     assert default.sum() < plain.sum()
 
 
@@ -299,6 +300,8 @@ def test_wrong_options_are_errors() -> None:
         quantize_experts("gptq", weight, None, [4] * E, 32)
     with pytest.raises(ValueError, match=r"`damping` must not be negative, got -0\.1"):
         quantize_gptq(weight, hessian, [4] * E, 32, damping=-0.1)
+    with pytest.raises(ValueError, match=r"`importance` must have the shape \(3, 80\), got \(80,\)"):
+        quantize_rtn(weight, [4] * E, 32, torch.ones(K))
     with pytest.raises(ValueError, match="`norm` must be above 0 and at most 1, got 2"):
         quantize_hqq(weight, [4] * E, 32, norm=2.0)
     with pytest.raises(ValueError, match=r"`beta` must be positive and `kappa` at least 1, got 0\.0 and 1"):
