@@ -231,12 +231,22 @@ def _attach(
         load=load,
         progress=progress,
     )
+    if hasattr(model, "save_pretrained"):
+        model.save_pretrained = _refuse_saving
     model.moe_graphs = {path: _graph(model, path) for path in layers}
     model.moe_report = CompileReport(
         config=config,
         plan=plan,
         blended={path: dict(layer.blended) for path, layer in layers.items()},
         coverage=tuple(entry for layer in layers.values() for entry in block_coverage(layer.runtime)),
+    )
+
+
+def _refuse_saving(*_: Any, **__: Any) -> None:
+    """Takes the place of `save_pretrained`, which would try to split packed experts into their original files."""
+    raise NotImplementedError(
+        "a compiled model cannot be saved with `save_pretrained` yet: keep the original checkpoint and compile it "
+        "again, or save `state_dict()` and load it into a model that was compiled in the same way"
     )
 
 

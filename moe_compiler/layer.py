@@ -18,7 +18,14 @@ from moe_compiler.passes.lower import lower_block
 from moe_compiler.passes.plan import LayerPlan
 from moe_compiler.passes.quantize import blend_hessians, output_error, quantize_experts
 from moe_compiler.passes.statistics import BlockStatistics, LayerEvidence
-from moe_compiler.runtime.channels import LinearMaster, build_master, restore
+from moe_compiler.runtime.channels import (
+    LinearMaster,
+    assigned_channels,
+    build_master,
+    channel_error,
+    hold,
+    worst_channels,
+)
 from moe_compiler.runtime.runtime import RuntimeLayer
 
 
@@ -152,8 +159,13 @@ def compile_layer(
         linear = PackedExpertLinear.from_quantized(quantized, capacity)
         energy = total.linears[p.name].sq_sum
         fraction = 1.0 if config.master == "memory" else config.cache_fraction
-        master = build_master(weight, linear, energy, fraction)
-        linear.pool.copy_(restore(master, linear, energy))
+        error = channel_error(weight, linear)
+        if plan.channels is None:
+            first = worst_channels(error, energy, capacity)
+        else:
+            first = assigned_channels(energy, plan.channels[p.name], capacity)
+        master = build_master(weight, error, first, fraction)
+        linear.pool.copy_(hold(master, linear, first))
         packed[p.name], masters[p.name] = linear, master
     shared = quantize_shared(block, config)
     lower_block(model, block, packed, shared)

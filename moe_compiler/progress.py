@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -15,6 +16,9 @@ class RichProgress:
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RichProgress:
+        return self  # a copy of a model shows its progress on the same terminal
 
     @contextmanager
     def task(self, description: str, total: int) -> Iterator[Callable[[], None]]:

@@ -38,30 +38,67 @@ class LinearMaster:
         return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def build_master(weight: Tensor, packed: PackedExpertLinear, energy: Tensor, fraction: float) -> LinearMaster:
+def channel_error(weight: Tensor, packed: PackedExpertLinear) -> Tensor:
+    """`‖W[:, c] − Ŵ[:, c]‖²` of every channel of the quantized base, `(E, K)` float32 on the host."""
+    error = torch.empty(weight.shape[0], weight.shape[2])
+    for expert in range(weight.shape[0]):
+        difference = weight[expert].float() - packed.dequantize_expert(expert)
+        error[expert] = difference.square().sum(dim=0).cpu()
+    return error
+
+
+def worst_channels(error: Tensor, energy: Tensor, count: int) -> Tensor:
+    """The `count` channels with the largest expected error, those without any left out; see `restore`.
+
+    Args:
+        error: `(E, K)`.
+        energy: `(E, K)`.
+        count: at most so many.
+
+    Returns:
+        Their places `e · K + c`, int64.
+    """
+    score = (error * energy.float().cpu()).view(-1)
+    return torch.topk(score, min(count, int((score > 0).sum()))).indices
+
+
+def assigned_channels(energy: Tensor, per_expert: Sequence[int], count: int) -> Tensor:
+    """The channels that a plan wants at INT8: of each expert those with the largest energy (MoQa, section 3.3: by the
+    diagonal of the Hessian); if they are more than `count`, those with the largest energy of all.
+
+    Args:
+        energy: `(E, K)`.
+        per_expert: channels of each expert.
+        count: at most so many in all.
+
+    Returns:
+        Their places `e · K + c`, int64.
+    """
+    energy = energy.float().cpu()
+    rank = energy.argsort(dim=1, descending=True).argsort(dim=1)
+    wanted = rank < torch.tensor(per_expert)[:, None]
+    score = torch.where(wanted, energy, -1.0).view(-1)
+    return torch.topk(score, min(count, int(wanted.sum()))).indices
+
+
+def build_master(weight: Tensor, error: Tensor, first: Tensor, fraction: float) -> LinearMaster:
     """Keeps the original columns that a later correction most likely wants.
 
-    These are, first, the channels with the largest expected error on the calibration data, as many as the pool has
-    slots, and then those with the largest error `‖W[:, c] − Ŵ[:, c]‖²`, whatever passed them during calibration. Our
-    decision: other data use other experts and channels, and of the rankings tried on the embedded model (by error, by
-    error times the calibration data's energy or its mean over experts) this one kept most of what new data needed.
+    Beside those in `first` these are the channels with the largest error `‖W[:, c] − Ŵ[:, c]‖²`, whatever passed them
+    during calibration. Our decision: other data use other experts and channels, and of the rankings tried on the
+    embedded model (by error, by error times the calibration data's energy or its mean over experts) this one kept most
+    of what new data needed.
 
     Args:
         weight: `(E, N, K)`, the original weight.
-        packed: its packed form.
-        energy: `(E, K)`, the sum of `g²·x_c²` on the calibration data.
-        fraction: the share of the `E·K` columns to keep, 1 for all; at least the pool's capacity is kept.
+        error: `(E, K)`, see `channel_error`.
+        first: places `e · K + c` of channels that are kept in any case, such as those in the pool.
+        fraction: the share of the `E·K` columns to keep, 1 for all.
     """
-    experts, _, channels = weight.shape
-    error = torch.empty(experts, channels)
-    for expert in range(experts):
-        difference = weight[expert].float() - packed.dequantize_expert(expert)
-        error[expert] = difference.square().sum(dim=0).cpu()
-    energy = energy.float().cpu()
+    channels = weight.shape[2]
     score = error.view(-1).clone()
-    slots = min(packed.pool.capacity, score.numel())
-    score[torch.topk((error * energy).view(-1), slots).indices] = torch.inf
-    best = torch.topk(score, max(slots, round(fraction * score.numel()))).indices.sort().values
+    score[first] = torch.inf
+    best = torch.topk(score, max(first.numel(), round(fraction * score.numel()))).indices.sort().values
     at_expert, at_channel = best // channels, best % channels
     columns = weight[at_expert.to(weight.device), :, at_channel.to(weight.device)]
     return LinearMaster(
@@ -71,6 +108,15 @@ def build_master(weight: Tensor, packed: PackedExpertLinear, energy: Tensor, fra
         channels=at_channel,
         columns=columns.to("cpu", torch.float16),
     )
+
+
+def hold(master: LinearMaster, packed: PackedExpertLinear, places: Tensor) -> ChannelPool:
+    """Pool contents that restore the channels at `places` (`e · K + c`), which the master must have, on the host."""
+    width = master.error.shape[1]
+    kept = master.experts * width + master.channels  # ascending
+    rows = torch.searchsorted(kept, places)
+    delta = master.columns[rows].float() - base_columns(packed, places // width, places % width)
+    return _contents(packed, places // width, places % width, delta)
 
 
 def base_columns(packed: PackedExpertLinear, experts: Tensor, channels: Tensor) -> Tensor:
@@ -98,12 +144,9 @@ def restore(master: LinearMaster, packed: PackedExpertLinear, energy: Tensor) ->
     Returns:
         The new contents, on the host. Slots that no channel needs stay idle.
     """
-    score = (master.error * energy.float().cpu())[master.experts, master.channels]
-    count = min(packed.pool.capacity, int((score > 0).sum()))
-    best = torch.topk(score, count).indices
-    experts, channels = master.experts[best], master.channels[best]
-    delta = master.columns[best].float() - base_columns(packed, experts, channels)
-    return _contents(packed, experts, channels, delta)
+    kept = torch.zeros_like(master.error)
+    kept[master.experts, master.channels] = master.error[master.experts, master.channels]
+    return hold(master, packed, worst_channels(kept, energy, packed.pool.capacity))
 
 
 def recluster(

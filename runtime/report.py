@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -10,21 +11,23 @@ import torch
 from torch import Tensor
 
 
-def jensen_shannon(p: Tensor, q: Tensor) -> float:
-    """Jensen-Shannon divergence of two histograms in bits: 0 where they agree, 1 where they share nothing.
+def jensen_shannon(first: Tensor, second: Tensor) -> Tensor:
+    """Jensen-Shannon divergence in bits (Lin 1991, IEEE Trans. Inf. Theory 37, eq. 4.1, equal weights).
 
     Args:
-        p: `(E,)` non-negative counts, not all zero.
-        q: `(E,)` likewise.
+        first: histograms over the last dimension, `(..., E)`: non-negative, not all zero.
+        second: of the same shape.
+
+    Returns:
+        `(...)` float64: 0 where they agree, 1 where they share nothing.
     """
-    p, q = p.double() / p.sum(), q.double() / q.sum()
-    middle = (p + q) / 2
 
-    def relative(a: Tensor) -> Tensor:
-        used = a > 0
-        return (a[used] * (a[used] / middle[used]).log2()).sum()
+    def entropy(distribution: Tensor) -> Tensor:
+        terms: Tensor = torch.special.xlogy(distribution, distribution)
+        return -terms.sum(dim=-1) / math.log(2)
 
-    return max(0.0, float((relative(p) + relative(q)) / 2))
+    p, q = (one.double() / one.sum(dim=-1, keepdim=True) for one in (first, second))
+    return (entropy((p + q) / 2) - (entropy(p) + entropy(q)) / 2).clamp(min=0)
 
 
 @dataclass(frozen=True)

@@ -203,7 +203,7 @@ def _choose(
             )
         )
     clusters_changed = _experts_changed(plan.bits, old_bits)
-    divergence = jensen_shannon(statistics.count, layer.calibration.count)
+    divergence = float(jensen_shannon(statistics.count, layer.calibration.count))
     return pools, LayerChange(layer.block.path, divergence, clusters_changed, tuple(changes))
 
 

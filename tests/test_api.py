@@ -1,12 +1,16 @@
 """`dynamo_compile` as a whole: what it returns, what it refuses, and that it stays a Hugging Face model."""
 
 import copy
+import io
 import re
 from collections.abc import Callable
 from typing import Any
 
+import deepseek_v1
 import pytest
 import torch
+from architectures import architecture_names, build
+from rich.console import Console
 from tiny import VOCABULARY, datasets, olmoe, qwen2_moe, tokens
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
@@ -15,6 +19,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 import moe_compiler
 from moe_compiler import CompileConfig, dynamo_compile
 from moe_compiler.evaluate import perplexity
+from moe_compiler.inspection import readable
 from moe_compiler.passes.lower import LoweredExperts
 
 QUIET: dict[str, Any] = {"progress": False, "target_bits": 3.6}
@@ -140,6 +145,28 @@ def test_generate_pipeline_and_copies_work(compiled: Any) -> None:
     generate = pipeline("text-generation", model=compiled, tokenizer=tokenizer())
     text = generate("w3 w4 w5", max_new_tokens=4, do_sample=False)[0]["generated_text"]
     assert text.startswith("w3 w4 w5")
+
+
+def test_saving_is_refused_in_words(compiled: Any, tmp_path: Any) -> None:
+    with pytest.raises(NotImplementedError, match="cannot be saved with `save_pretrained` yet"):
+        compiled.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["deepseek_v1", *(n for n in ("gemma4", "gpt_oss") if n in architecture_names())])
+def test_other_forms_of_experts_go_all_the_way(name: str) -> None:
+    model = deepseek_v1.build() if name == "deepseek_v1" else build(name)
+    ids = tokens(6, 24, high=90)
+    dynamo_compile(model, {"some": ids}, target_bits=None, pool_fraction=0.05, cache_fraction=0.5, progress=False)
+    with torch.no_grad():
+        before = model(input_ids=ids[:2], use_cache=False).logits
+        report = model.runtime.adapt(tokens(4, 24, 5, high=30), name="others")
+        assert sum(change.used for layer in report.layers for change in layer.linears) > 0
+        assert not torch.equal(model(input_ids=ids[:2], use_cache=False).logits, before)
+        model.runtime.revert()
+        assert torch.equal(model(input_ids=ids[:2], use_cache=False).logits, before)
+    assert all("packed_expert_linear" in readable(graph) for graph in model.moe_graphs.values())
+    moe_compiler.explain(model, console=Console(file=io.StringIO()))
 
 
 def test_router_logits_are_still_recorded(compiled: Any) -> None:

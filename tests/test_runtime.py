@@ -12,8 +12,18 @@ from torch._dynamo.utils import counters
 from moe_compiler.api import dynamo_compile
 from moe_compiler.kernels.experts import PackedExpertLinear
 from moe_compiler.passes.quantize import quantize_experts
+from moe_compiler.progress import RichProgress
 from moe_compiler.runtime import runtime as runtime_module
-from moe_compiler.runtime.channels import build_master, expected_error, recluster, restore
+from moe_compiler.runtime.channels import (
+    LinearMaster,
+    assigned_channels,
+    build_master,
+    channel_error,
+    expected_error,
+    recluster,
+    restore,
+    worst_channels,
+)
 from moe_compiler.runtime.report import jensen_shannon, moved_slots
 
 OPTIONS: dict[str, Any] = {"target_bits": 3.6, "master": "memory", "pool_fraction": 0.02, "progress": False}
@@ -185,7 +195,9 @@ def test_bad_calls_change_nothing(model: Any, arguments: Any, error: Any, messag
 
 def test_a_copy_adapts_on_its_own(model: Any) -> None:
     expected = logits(model)
+    model.runtime._progress = RichProgress()  # as it is unless progress=False
     copied = copy.deepcopy(model)
+    model.runtime._progress = None
     assert copied.runtime.model is copied
     copied.runtime.adapt(new_data())
     assert torch.equal(logits(model), expected)
@@ -201,9 +213,13 @@ def quantized_pair() -> tuple[Tensor, PackedExpertLinear, Tensor]:
     return weight, packed, energy
 
 
+def whole_master(weight: Tensor, packed: PackedExpertLinear) -> LinearMaster:
+    return build_master(weight, channel_error(weight, packed), torch.zeros(0, dtype=torch.int64), 1.0)
+
+
 def test_restore_takes_the_channels_with_the_largest_expected_error() -> None:
     weight, packed, energy = quantized_pair()
-    master = build_master(weight, packed, energy, 1.0)
+    master = whole_master(weight, packed)
     pool = restore(master, packed, energy)
     error = (weight - packed.dequantize(with_pool=False)).square().sum(1).double() * energy
     best = error.view(-1).topk(6).indices.sort().values
@@ -220,13 +236,13 @@ def test_restore_takes_the_channels_with_the_largest_expected_error() -> None:
 
 def test_restore_leaves_slots_idle_where_no_channel_carries_energy() -> None:
     weight, packed, energy = quantized_pair()
-    master = build_master(weight, packed, energy, 1.0)
+    master = whole_master(weight, packed)
     assert restore(master, packed, torch.zeros_like(energy)).used == 0
 
 
 def test_recluster_requantizes_channels_of_experts_that_changed() -> None:
     weight, packed, energy = quantized_pair()
-    master = build_master(weight, packed, energy, 1.0)
+    master = whole_master(weight, packed)
     pool = recluster(master, packed, energy, [8, 4, 2, 2])
     assert set(pool.experts().tolist()) <= {0, 3}
     packed.pool.copy_(pool)
@@ -237,27 +253,44 @@ def test_recluster_requantizes_channels_of_experts_that_changed() -> None:
     assert recluster(master, packed, energy, packed.bits).used == 0
 
 
-def test_the_master_keeps_the_stated_share_with_the_worst_channels_among_it() -> None:
+def test_the_master_keeps_the_stated_share_with_the_first_channels_among_it() -> None:
     weight, packed, energy = quantized_pair()
+    error = channel_error(weight, packed)
     energy[2] = 0  # an expert that the calibration data never used
-    master = build_master(weight, packed, energy, 0.05)
+    first = worst_channels(error, energy, 6)
+    assert 2 not in (first // 128).tolist()
+    master = build_master(weight, error, first, 0.05)
     assert master.columns.shape == (round(0.05 * 4 * 128), 24)
     torch.testing.assert_close(master.columns.float(), weight[master.experts, :, master.channels], rtol=1e-3, atol=1e-3)
-    kept = set((master.experts * 128 + master.channels).tolist())
-    worst = (master.error.double() * energy).view(-1).topk(packed.pool.capacity).indices
-    assert kept >= set(worst.tolist())
+    assert set((master.experts * 128 + master.channels).tolist()) >= set(first.tolist())
     assert 2 in master.experts.tolist()
-    whole = build_master(weight, packed, energy, 1.0)
-    assert whole.columns.shape[0] == 4 * 128
-    assert master.size_bytes < whole.size_bytes
-    assert build_master(weight, packed, energy, 0.0).columns.shape[0] == packed.pool.capacity
+    assert master.size_bytes < whole_master(weight, packed).size_bytes
+    assert build_master(weight, error, first, 0.0).columns.shape[0] == 6
+
+
+def test_channels_that_a_plan_assigns_are_those_with_the_largest_energy() -> None:
+    energy = torch.tensor([[1.0, 5.0, 3.0], [9.0, 2.0, 8.0], [7.0, 7.5, 0.5]])
+    assert sorted(assigned_channels(energy, [2, 0, 1], 9).tolist()) == [1, 2, 7]
+    assert sorted(assigned_channels(energy, [2, 0, 1], 2).tolist()) == [1, 7]
+    assert assigned_channels(energy, [0, 0, 0], 9).numel() == 0
+
+
+def test_moqa_puts_its_int8_channels_into_the_pool() -> None:
+    model = dynamo_compile(olmoe(), datasets(), strategy="moqa", target_bits=None, pool_fraction=0.05, progress=False)
+    for path, layer in model.runtime.layers.items():
+        plan = model.moe_report.plan.layers[path]
+        for name, packed in layer.experts.all_packed().items():
+            assert plan.channels is not None
+            assert packed.pool.offset.diff().tolist() == list(plan.channels[name])
 
 
 def test_jensen_shannon_is_a_divergence() -> None:
     p, q = torch.tensor([1.0, 0.0, 3.0]), torch.tensor([0.0, 5.0, 0.0])
-    assert jensen_shannon(p, 7 * p) == pytest.approx(0, abs=1e-12)
-    assert jensen_shannon(p, q) == pytest.approx(1)
-    assert jensen_shannon(torch.tensor([1.0, 1.0]), torch.tensor([1.0, 0.0])) == pytest.approx(0.311278, abs=1e-6)
+    assert float(jensen_shannon(p, 7 * p)) == pytest.approx(0, abs=1e-12)
+    assert float(jensen_shannon(p, q)) == pytest.approx(1)
+    half, one = torch.tensor([1.0, 1.0]), torch.tensor([1.0, 0.0])
+    assert float(jensen_shannon(half, one)) == pytest.approx(0.311278, abs=1e-6)
+    assert jensen_shannon(torch.stack([p, q]), torch.stack([p, q])).tolist() == pytest.approx([0, 0], abs=1e-12)
 
 
 def test_moved_slots_counts_new_keys() -> None:

@@ -9,6 +9,8 @@ import torch
 from torch.nn.functional import one_hot
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from moe_compiler.runtime.report import jensen_shannon
+
 EVALUATION_WINDOW = 256  # tokens; the first of each window is context only
 _BATCH = 8
 
@@ -76,24 +78,6 @@ def measure_text(
         characters_per_token=len(text) / len(tokens),
         expert_use=use / use.sum(dim=1, keepdim=True),
     )
-
-
-def jensen_shannon(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """Jensen-Shannon divergence in bits (Lin 1991, IEEE Trans. Inf. Theory 37, eq. 4.1, equal weights).
-
-    Args:
-        first: distributions over the last dimension, (..., E).
-        second: of the same shape.
-
-    Returns:
-        (...): 0 for equal distributions, 1 for distributions with nothing in common.
-    """
-
-    def entropy(distribution: torch.Tensor) -> torch.Tensor:
-        terms: torch.Tensor = torch.special.xlogy(distribution, distribution)
-        return -terms.sum(dim=-1) / math.log(2)
-
-    return entropy((first + second) / 2) - (entropy(first) + entropy(second)) / 2
 
 
 def divergence_by_pair(expert_use: Mapping[str, torch.Tensor]) -> dict[tuple[str, str], float]:
