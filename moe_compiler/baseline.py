@@ -82,18 +82,20 @@ def uniform_baseline(
     weights, spent = 0, 0.0
     for window in hessians.windows():
         found = hessians.collect(window)
-        for path, block in window.items():
-            count = torch.stack([one.count for one in statistics[path].values()]).sum(0)
-            for projection in block.spec.projections:
-                weight = expert_weight(block.experts, block.spec, projection.name)
-                quantized = quantize_experts(
-                    config.quantizer,
-                    weight,
-                    blend_hessians(found[path][projection.name], count).hessian,
-                    [bits] * block.spec.num_experts,
-                    config.group_size,
-                )
-                weight.copy_(quantized.dequantize())
-                weights += weight.numel()
-                spent += weight.numel() * bits + quantized.scale.numel() * (16 + 8)
+        with progress.task("quantizing the baseline", len(window)) as advance:
+            for path, block in window.items():
+                count = torch.stack([one.count for one in statistics[path].values()]).sum(0)
+                for projection in block.spec.projections:
+                    weight = expert_weight(block.experts, block.spec, projection.name)
+                    quantized = quantize_experts(
+                        config.quantizer,
+                        weight,
+                        blend_hessians(found[path][projection.name], count).hessian,
+                        [bits] * block.spec.num_experts,
+                        config.group_size,
+                    )
+                    weight.copy_(quantized.dequantize())
+                    weights += weight.numel()
+                    spent += weight.numel() * bits + quantized.scale.numel() * (16 + 8)
+                advance()
     return UniformBaseline(copied, bits, spent / weights, round(spent / 8))

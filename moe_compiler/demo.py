@@ -105,8 +105,14 @@ def run_demo(
         text = load_text(domain, split, max_characters=8 * tokens)
         return load_samples(text, name=domain, tokenizer=tokenizer, sequence_length=256, max_tokens=tokens)
 
-    calibration = {domain: windows(domain, "train", calibration_tokens) for domain in seen}
-    evaluation = {domain: windows(domain, "evaluation", evaluation_tokens) for domain in DOMAINS}
+    calibration, evaluation = {}, {}
+    with progress.task("reading and generating text", len(seen) + len(DOMAINS)) as advance:
+        for domain in seen:
+            calibration[domain] = windows(domain, "train", calibration_tokens)
+            advance()
+        for domain in DOMAINS:
+            evaluation[domain] = windows(domain, "evaluation", evaluation_tokens)
+            advance()
 
     def measure(candidate: Any, domains: Sequence[str] = DOMAINS) -> dict[str, float]:
         return {d: perplexity(candidate, evaluation[d], name=f"{d} text", progress=progress) for d in domains}

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection
+from textwrap import wrap
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.syntax import Syntax
-from rich.table import Table
 from rich.text import Text
 from torch.fx import GraphModule
 
@@ -49,34 +49,30 @@ def explain(
     for path, layer in known.items():
         if layers is None or path in layers:
             console.rule(f"[bold]{path}")
-            console.print(_widths(layer, report))
+            console.print(_widths(layer, report), highlight=False, soft_wrap=True)
             if graphs:
-                console.print(_graphs(model.moe_graphs[path], path, drawn))
+                console.print(_graphs(model.moe_graphs[path], path, drawn, console.width - 1))
     console.rule("[bold]coverage")
-    console.print(_coverage(report))
+    console.print(_coverage(report), highlight=False, soft_wrap=True)
 
 
-def _widths(layer: RuntimeLayer, report: CompileReport) -> RenderableType:
-    table = Table("linear", "experts", "shape", "widths of the experts", "codes", "effective", "pool", "rare experts")
+def _widths(layer: RuntimeLayer, report: CompileReport) -> str:
+    lines = []
     for name, packed in layer.experts.all_packed().items():
         histogram = Counter(packed.bits)
-        digits = "".join(map(str, packed.bits))
         widths = ", ".join(f"{histogram[width]} x INT{width}" for width in sorted(histogram))
-        rare = report.blended[layer.block.path].get(name, ())
-        table.add_row(
-            name,
-            str(packed.num_experts),
-            f"{packed.out_features} x {packed.in_features}",
-            f"{widths}\n{digits}",
-            f"{packed.code_bits:.2f}",
-            f"{packed.effective_bits:.2f}",
-            f"{packed.pool.used} of {packed.pool.capacity} slots",
-            ", ".join(map(str, rare)) or "-",
-        )
-    return table
+        rare = ", ".join(map(str, report.blended[layer.block.path].get(name, ()))) or "none"
+        lines += [
+            f"{name}: {packed.num_experts} experts of {packed.out_features} x {packed.in_features}, {widths}",
+            f"    bits by expert: {''.join(map(str, packed.bits))}",
+            f"    {packed.code_bits:.2f} code bits, {packed.effective_bits:.2f} effective bits",
+            f"    channel pool: {packed.pool.used} of {packed.pool.capacity} slots",
+            f"    experts that saw too few tokens for a Hessian of their own: {rare}",
+        ]
+    return "\n".join(lines)
 
 
-def _graphs(graph: Any, path: str, drawn: dict[str, str]) -> RenderableType:
+def _graphs(graph: Any, path: str, drawn: dict[str, str], width: int) -> RenderableType:
     stages = {**graph.meta["stages"], "lowered": readable(graph)}
     parts: list[RenderableType] = []
     for stage, code in stages.items():
@@ -84,8 +80,17 @@ def _graphs(graph: Any, path: str, drawn: dict[str, str]) -> RenderableType:
             parts.append(Text(f"{stage}: as in {drawn[code]}", style="dim"))
             continue
         drawn[code] = path
-        parts += [Text(f"{stage}:", style="bold"), Syntax(code, "python", word_wrap=True)]
+        parts += [Text(f"{stage}:", style="bold"), Syntax(_wrapped(code, width), "python")]
     return Group(*parts)
+
+
+def _wrapped(code: str, width: int) -> str:
+    """The code with long lines broken and hung below their start."""
+    lines: list[str] = []
+    for line in code.splitlines():
+        hanging = " " * (len(line) - len(line.lstrip()) + 4)
+        lines += wrap(line, width, subsequent_indent=hanging, break_long_words=False, drop_whitespace=True) or [""]
+    return "\n".join(lines)
 
 
 def readable(graph: GraphModule) -> str:
@@ -96,29 +101,24 @@ def readable(graph: GraphModule) -> str:
     return code.replace(" : torch.Tensor", ": Tensor").replace("-> torch.Tensor", "-> Tensor").strip()
 
 
-def _coverage(report: CompileReport) -> RenderableType:
-    table = Table("linears", "number", "kind", "weights", "bytes", "codes", "effective", "what became of them")
-    alike: dict[tuple[str, str, str], list[CoverageEntry]] = {}
+def _coverage(report: CompileReport) -> str:
+    alike: dict[tuple[str, str], list[CoverageEntry]] = {}
     for entry in report.coverage:
-        key = (re.sub(r"\.\d+\.", ".*.", entry.path), entry.kind, _outcome(entry))
-        alike.setdefault(key, []).append(entry)
-    for (pattern, kind, outcome), entries in alike.items():
+        alike.setdefault((re.sub(r"\.\d+\.", ".*.", entry.path), _outcome(entry)), []).append(entry)
+    lines = []
+    for (pattern, outcome), entries in alike.items():
         weights, size = sum(e.weights for e in entries), sum(e.size_bytes for e in entries)
-        table.add_row(
-            pattern,
-            str(len(entries)),
-            kind,
-            f"{weights:,}",
-            f"{size:,}",
-            f"{sum(e.code_bits * e.weights for e in entries) / weights:.2f}",
-            f"{8 * size / weights:.2f}",
-            outcome,
-        )
-    table.caption = (
+        code_bits = sum(e.code_bits * e.weights for e in entries) / weights
+        lines += [
+            f"{len(entries)} x {pattern}: {outcome}",
+            f"    {weights:,} weights, {size / 1e6:.3f} MB, {code_bits:.2f} code bits, "
+            f"{8 * size / weights:.2f} effective bits",
+        ]
+    lines.append(
         f"routed experts: {report.code_bits:.3f} code bits, {report.effective_bits:.3f} effective bits per weight"
     )
-    return table
+    return "\n".join(lines)
 
 
 def _outcome(entry: CoverageEntry) -> str:
-    return "lowered" if entry.lowered else f"left alone: {entry.reason}"
+    return f"{entry.kind}, lowered" if entry.lowered else f"left alone: {entry.reason}"
