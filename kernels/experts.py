@@ -141,7 +141,8 @@ def overhead_bits(num_experts: int, out_features: int, in_features: int, group_s
     """Bits per weight beside the codes: what `effective_bits` will exceed `code_bits` by, whatever the widths.
 
     Padding of the codes to whole tiles is left out, since it grows with the width; it is zero where `in_features` is
-    a multiple of 128.
+    a multiple of 128. So is the padding of an expert to 128 half words, which is zero where `out_features` is a
+    multiple of 8.
     """
     weights = num_experts * out_features * in_features
     groups = num_experts * out_features * -(-in_features // group_size)

@@ -10,14 +10,14 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
-from moe_compiler.checks import check_blocks, check_finite, check_model
+from moe_compiler.checks import check_blocks, check_finite, check_model, vocabulary_size
 from moe_compiler.config import CompileConfig
 from moe_compiler.coverage import CompileReport, block_coverage
 from moe_compiler.data import load_calibration, load_samples
 from moe_compiler.hessians import HessianWindows
 from moe_compiler.inspection import readable
+from moe_compiler.kernels.affine import WIDTHS
 from moe_compiler.layer import CompiledLayer, compile_layer, layer_evidence, measure_errors
 from moe_compiler.passes.assign import assign
 from moe_compiler.passes.base import NoProgress, Progress
@@ -73,12 +73,12 @@ def dynamo_compile(
     config = (config or CompileConfig()).with_overrides(**overrides)
     shown: Progress = (RichProgress() if progress else NoProgress()) if isinstance(progress, bool) else progress
     check_model(model)
-    vocab_size = _vocab_size(model)
+    vocab_size = vocabulary_size(model)
     datasets = load_calibration(
         calibration, tokenizer=tokenizer, sequence_length=config.sequence_length, vocab_size=vocab_size
     )
     check_finite(model)
-    was_training = model.training
+    training = {name: module.training for name, module in model.named_modules()}
     model.eval()
     try:
         example = next(iter(datasets.values()))[0][None, :8].to(next(model.parameters()).device)
@@ -97,19 +97,15 @@ def dynamo_compile(
         if config.strategy == "budget":
             evidence = _measured(evidence, blocks, statistics, hessians, config)
         plan = _assign(evidence, config)
+        layers = _lower(model, blocks, plan, statistics, hessians, config, shown)
     except BaseException:
-        model.train(was_training)
+        for name, module in model.named_modules():
+            module.training = training.get(name, False)
         raise
-    layers = _lower(model, blocks, plan, statistics, hessians, config, shown)
     _attach(model, layers, plan, config, tokenizer, vocab_size, shown)
     if compile:
         model.compile(fullgraph=True, dynamic=True)
     return model
-
-
-def _vocab_size(model: nn.Module) -> int | None:
-    embeddings: Any = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
-    return embeddings.num_embeddings if isinstance(embeddings, nn.Embedding) else None
 
 
 def _token_weights(
@@ -190,7 +186,8 @@ def _lower(
                     _graph(model, path).meta["stages"] = stages
                     gc.collect()  # graphs and modules refer to each other: the originals go only now
                     advance()
-    except BaseException as error:
+            del found  # before the next window's are collected
+    except Exception as error:
         if not layers:
             raise
         raise RuntimeError(
@@ -227,6 +224,7 @@ def _attach(
         model,
         {path: layer.runtime for path, layer in layers.items()},
         rule=config.rule,
+        widths=config.widths or WIDTHS,
         tokens_per_batch=config.tokens_per_batch,
         load=load,
         progress=progress,

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from moe_compiler.checks import check_blocks, check_finite, check_model
+from moe_compiler.checks import check_blocks, check_finite, check_model, vocabulary_size
 from moe_compiler.config import CompileConfig
 from moe_compiler.data import load_calibration
 from moe_compiler.hessians import HessianWindows
@@ -70,9 +70,14 @@ def uniform_baseline(
     progress = progress or NoProgress()
     check_model(model)
     check_finite(model)
-    datasets = load_calibration(calibration, tokenizer=tokenizer, sequence_length=config.sequence_length)
+    datasets = load_calibration(
+        calibration,
+        tokenizer=tokenizer,
+        sequence_length=config.sequence_length,
+        vocab_size=vocabulary_size(model),
+    )
     copied = copy.deepcopy(model).eval()
-    blocks = capture_moe_blocks(copied, next(iter(datasets.values()))[0][None, :8])
+    blocks = capture_moe_blocks(copied, next(iter(datasets.values()))[0][None, :8].to(next(copied.parameters()).device))
     check_blocks(copied, blocks)
     for path, block in blocks.items():
         if block.spec.kind == "list":

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from moe_compiler.passes.capture import MoEBlock
 
@@ -39,6 +40,12 @@ def check_model(model: nn.Module) -> None:
             raise ValueError(f"`model` ({kind}) must have its weights, but `{name}` is on the meta device")
 
 
+def vocabulary_size(model: nn.Module) -> int | None:
+    """How many token ids the model knows, or `None` where it does not say."""
+    embeddings = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
+    return embeddings.num_embeddings if isinstance(embeddings, nn.Embedding) else None
+
+
 def check_finite(model: nn.Module) -> None:
     """Refuses NaN and infinite weights.
 
@@ -58,10 +65,10 @@ def check_blocks(model: nn.Module, blocks: Mapping[str, MoEBlock]) -> None:
     """
     for block in blocks.values():
         for name, parameter in block.experts.named_parameters():
-            if not parameter.is_floating_point() or parameter.dtype.itemsize == 1:
+            if not parameter.is_floating_point() or parameter.dtype.itemsize not in (2, 4):
                 raise ValueError(
-                    f"experts must hold 16, 32 or 64-bit floating-point weights, but `{block.spec.path}.{name}` of "
-                    f"{type(model).__name__} is {parameter.dtype}: it is quantized already"
+                    f"experts must hold 16 or 32-bit floating-point weights, but `{block.spec.path}.{name}` of "
+                    f"{type(model).__name__} is {parameter.dtype}"
                 )
             if type(parameter.data) is not torch.Tensor:
                 raise ValueError(

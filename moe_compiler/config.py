@@ -35,11 +35,12 @@ class CompileConfig:
         group_size: input channels that share a scale and a zero point: 32, 64 or 128.
         quantizer: `"gptq"`, `"rtn"` or `"hqq"`.
         shared_bits: width of the linears of shared experts.
-        pool_fraction: capacity of the channel pool, as a share of all input channels of a linear's experts.
+        pool_fraction: capacity of the channel pool, as a share of all input channels of a linear's experts. The INT8
+            channels that the strategy `"moqa"` plans are held as far as the pool has room.
         rule: how `adapt` fills the pool if it is not told: `"restore"` or `"cluster"`.
         master: where `adapt` takes original columns from: `"cache"` keeps `cache_fraction` of them in host memory,
             `"memory"` all of them.
-        cache_fraction: share of the input channels whose original FP16 columns the cache keeps.
+        cache_fraction: share of the input channels whose original columns the cache keeps.
         sequence_length: tokens per sample that text is cut into.
         tokens_per_batch: upper bound of the tokens in one forward pass of calibration.
         hessian_memory_bytes: upper bound of the memory for Hessians; the layers are quantized in windows of as many
@@ -97,6 +98,12 @@ class CompileConfig:
         for name, least in (("sequence_length", 2), ("tokens_per_batch", 2), ("hessian_memory_bytes", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"`{name}` must be at least {least}, but is {getattr(self, name)}")
+
+        if self.sequence_length > self.tokens_per_batch:
+            raise ValueError(
+                "`sequence_length` must be at most `tokens_per_batch`, "
+                f"but {self.sequence_length} > {self.tokens_per_batch}"
+            )
 
     def with_overrides(self, **overrides: Any) -> CompileConfig:
         """The same choices with some replaced.

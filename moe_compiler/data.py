@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import UserDict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -40,8 +41,9 @@ def load_samples(
         Windows, 1-D int64 tensors of 2 up to `sequence_length` token ids.
 
     Raises:
-        ValueError: no samples, text without a tokenizer, a sample of fewer than two tokens, ids outside the vocabulary.
-        TypeError: a sample is none of the kinds above.
+        ValueError: no samples, text without a tokenizer, a sample of fewer than two tokens, ids outside the vocabulary,
+            a padded dataset.
+        TypeError: `source` or a sample is none of the kinds above.
     """
     texts, ids = _sort_out(source, name)
     if texts:
@@ -102,8 +104,15 @@ def load_calibration(
 
 def _sort_out(source: Any, name: str) -> tuple[list[str], list[Tensor]]:
     """The texts and the token ids of `source`, one of them empty."""
+    if isinstance(source, Mapping | UserDict):
+        raise TypeError(
+            f"dataset {name!r} must be text, token ids or an iterable of them, but is a {type(source).__name__} with "
+            f"{', '.join(map(str, source))}: give one of its values"
+        )
     if isinstance(source, datasets.Dataset):
         columns = source.column_names
+        if "attention_mask" in columns and any(0 in mask for mask in source["attention_mask"]):
+            raise ValueError(f"dataset {name!r} must not be padded, but its `attention_mask` holds zeros")
         column = next((c for c in ("input_ids", "text") if c in columns), None)
         if column is None:
             raise ValueError(f"dataset {name!r} must have a column `input_ids` or `text`, but has {', '.join(columns)}")

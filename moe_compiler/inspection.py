@@ -25,7 +25,7 @@ def explain(
     console: Console | None = None,
 ) -> None:
     """Prints each MoE block's graph before and after, its experts' widths, its channel pool and its effective bits,
-    and the coverage of the whole model.
+    and what was covered of all its MoE blocks.
 
     Args:
         model: a compiled model.

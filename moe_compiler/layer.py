@@ -171,7 +171,7 @@ def compile_layer(
     lower_block(model, block, packed, shared)
     overhead = {name: linear.effective_bits - linear.code_bits for name, linear in packed.items()}
     return CompiledLayer(
-        runtime=RuntimeLayer(block=block, masters=masters, calibration=total, overhead_bits=overhead),
+        runtime=RuntimeLayer(block, masters, total.count.cpu(), overhead),
         blended=blended,
         shared=tuple(shared),
     )

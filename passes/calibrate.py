@@ -70,6 +70,8 @@ class ObservedModel:
     ) -> dict[str, BlockStatistics]:
         """Runs one dataset and returns the statistics of each block, from zero.
 
+        Hessians are the observers' own buffers: the next call overwrites them.
+
         Args:
             dataset: samples of token ids.
             name: what to call the dataset in messages.
@@ -175,6 +177,8 @@ def collect_hessians(
             sums = total.setdefault(path, {})
             for linear, values in statistics.linears.items():
                 assert values.hessian is not None
-                part = values.hessian.mul_(share)
-                sums[linear] = sums[linear].add_(part) if linear in sums else part
+                if linear in sums:
+                    sums[linear].add_(values.hessian, alpha=share)
+                else:
+                    sums[linear] = values.hessian * share
     return total

@@ -204,7 +204,7 @@ def observed_block(block: MoEBlock, *, hessian: bool) -> tuple[MoEGraph, MoEGrap
 
 
 def read_statistics(observer: nn.Module, spec: ExpertsSpec) -> BlockStatistics:
-    """What an observer has summed so far, as copies.
+    """What an observer has summed so far, as copies; Hessians by reference, since they are large.
 
     Raises:
         RuntimeError: no token has passed the block yet.
@@ -218,7 +218,7 @@ def read_statistics(observer: nn.Module, spec: ExpertsSpec) -> BlockStatistics:
 
     linears = {}
     for projection in spec.projections:
-        hessian = copied(f"{projection.name}_hessian")
+        hessian = observer.get_buffer(f"{projection.name}_hessian")
         linears[projection.name] = LinearStatistics(
             abs_sum=copied(f"{projection.name}_abs_sum"),
             sq_sum=copied(f"{projection.name}_sq_sum"),

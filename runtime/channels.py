@@ -20,9 +20,9 @@ class LinearMaster:
     Attributes:
         error: `(E, K)` float32, `‖W[:, c] − Ŵ[:, c]‖²`: the squared error of each channel of the quantized base.
         column_norm: `(E, K)` float32, `‖W[:, c]‖`.
-        experts: `(M,)` int64, the expert of each original column that is kept.
+        experts: `(M,)` int64, the expert of each original column that is kept; sorted by expert and channel.
         channels: `(M,)` int64, its input channel.
-        columns: `(M, N)` float16, the original column.
+        columns: `(M, N)`, the original column in the model's own precision.
     """
 
     error: Tensor
@@ -106,7 +106,7 @@ def build_master(weight: Tensor, error: Tensor, first: Tensor, fraction: float) 
         column_norm=torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).cpu(),
         experts=at_expert,
         channels=at_channel,
-        columns=columns.to("cpu", torch.float16),
+        columns=columns.cpu(),
     )
 
 
@@ -150,38 +150,44 @@ def restore(master: LinearMaster, packed: PackedExpertLinear, energy: Tensor) ->
 
 
 def recluster(
-    master: LinearMaster, packed: PackedExpertLinear, significance: Tensor, bits: Sequence[int]
+    master: LinearMaster, packed: PackedExpertLinear, significance: Tensor, bits: Sequence[int], energy: Tensor
 ) -> ChannelPool:
     """Rule `"cluster"`: cached channels are requantized to the width of their expert's new cluster (DynaMo V-A).
 
     Every kept channel of an expert whose cluster changed is a candidate; the most significant ones on the new data
-    take the slots. A slot holds the difference between the channel requantized from FP16 to the new width, up or
-    down, and the base. Requantizing uses one scale per group of 128 outputs of the column; the paper does not say.
+    take the slots. A slot holds the difference between the channel requantized from the original to the new width, up
+    or down, and the base. Our decisions, where the paper says nothing: requantizing uses one scale per group of 128
+    outputs of the column, and slots that are left over restore channels of the other experts as rule `"restore"` does.
 
     Args:
         master: the original columns to choose from.
         packed: the quantized base.
         significance: `(E, K)`, the channels' significance on the new data.
         bits: the experts' widths by their new clusters.
+        energy: `(E, K)`, the sum of `g²·x_c²` on the new data.
 
     Returns:
         The new contents, on the host.
     """
     changed = torch.tensor([new != old for new, old in zip(bits, packed.bits, strict=True)])
-    score = torch.where(
-        changed[master.experts],
-        significance.cpu().float()[master.experts, master.channels],
-        -torch.inf,
-    )
-    count = min(packed.pool.capacity, int((score > 0).sum()))
-    best = torch.topk(score, count).indices
-    experts, channels = master.experts[best], master.channels[best]
-    wanted = master.columns[best].float()
-    for width in {bits[expert] for expert in experts.tolist()}:
-        rows = torch.tensor([bits[expert] == width for expert in experts.tolist()])
-        scale, zero_point = choose_qparams(wanted[rows], width, 128)
-        codes = quantize(wanted[rows], scale, zero_point, width, 128)
-        wanted[rows] = dequantize(codes, scale, zero_point, 128)
+    width = master.error.shape[1]
+    candidate = changed[master.experts]
+    score = torch.where(candidate, significance.cpu().float()[master.experts, master.channels], 0.0)
+    rows = torch.topk(score, min(packed.pool.capacity, int((score > 0).sum()))).indices
+    experts, channels = master.experts[rows], master.channels[rows]
+    wanted = master.columns[rows].float()
+    for one in {bits[expert] for expert in experts.tolist()}:
+        these = torch.tensor([bits[expert] == one for expert in experts.tolist()])
+        scale, zero_point = choose_qparams(wanted[these], one, 128)
+        wanted[these] = dequantize(quantize(wanted[these], scale, zero_point, one, 128), scale, zero_point, 128)
+    kept = torch.zeros_like(master.error)
+    kept[master.experts, master.channels] = master.error[master.experts, master.channels]
+    kept[changed] = 0
+    places = worst_channels(kept, energy, packed.pool.capacity - rows.numel())
+    left = torch.searchsorted(master.experts * width + master.channels, places)
+    experts = torch.cat([experts, master.experts[left]])
+    channels = torch.cat([channels, master.channels[left]])
+    wanted = torch.cat([wanted, master.columns[left].float()])
     return _contents(packed, experts, channels, wanted - base_columns(packed, experts, channels))
 
 
@@ -194,10 +200,14 @@ def expected_error(master: LinearMaster, packed: PackedExpertLinear, pool: Chann
     error = master.error.double().clone()
     experts, channels = pool.experts().cpu(), pool.index[: pool.used].long().cpu()
     width = master.error.shape[1]
-    kept = master.experts * width + master.channels
-    order = torch.argsort(kept)
+    kept = master.experts * width + master.channels  # ascending
     wanted = experts * width + channels
-    at = order[torch.searchsorted(kept[order], wanted)] if pool.used else wanted
+    at = torch.searchsorted(kept, wanted).clamp(max=kept.numel() - 1)
+    if not torch.equal(kept[at], wanted):
+        raise RuntimeError(
+            "the channel pool holds channels that are not in the master: the model's state was loaded from another "
+            "compilation; load it into a model that was compiled in the same way"
+        )
     original = master.columns[at].double()
     left = original - base_columns(packed, experts, channels).double() - pool.columns().double().cpu()
     error[experts, channels] = left.square().sum(dim=1)

@@ -61,7 +61,8 @@ class LayerChange:
     Attributes:
         path: the MoE block.
         divergence: Jensen-Shannon divergence in bits of the routing from that of the calibration data.
-        clusters_changed: experts whose width would be another on the new data.
+        clusters_changed: experts that would have another width if the layer were clustered for the new data alone
+            (strategy `"dynamo"`) at the bits it has.
         linears: the change of each linear's pool.
     """
 

@@ -42,13 +42,13 @@ class RuntimeLayer:
     Attributes:
         block: the block; its experts are lowered.
         masters: by linear, what is kept of the original weights.
-        calibration: statistics of the calibration data, all datasets together.
+        calibration_count: `(E,)` tokens that the calibration data routed to each expert, on the host.
         overhead_bits: by linear, the bits per weight beside the codes.
     """
 
     block: MoEBlock
     masters: Mapping[str, LinearMaster]
-    calibration: BlockStatistics
+    calibration_count: Tensor
     overhead_bits: Mapping[str, float]
 
     @property
@@ -86,6 +86,7 @@ class Runtime:
         layers: Mapping[str, RuntimeLayer],
         *,
         rule: str,
+        widths: Sequence[int],
         tokens_per_batch: int,
         load: Callable[..., Dataset],
         progress: Progress | None = None,
@@ -93,6 +94,7 @@ class Runtime:
         self.model = model
         self.layers = dict(layers)
         self.rule = rule
+        self.widths = tuple(widths)
         self.tokens_per_batch = tokens_per_batch
         self.active = CALIBRATION
         self._load = load
@@ -112,8 +114,9 @@ class Runtime:
         Args:
             samples: the new data: texts, token ids or a `datasets.Dataset`, a few thousand tokens.
             rule: `"restore"`: restore the channels with the largest expected error on the new data; `"cluster"`: the
-                paper's rule, requantize cached channels to the width of their expert's new cluster. The default was
-                chosen at compile time. Both can only draw on the columns that the master keeps.
+                paper's rule, requantize cached channels to the width of their expert's new cluster, up or down; it may
+                leave a larger error than it found, which the report shows. The default
+                was chosen at compile time. Both can only draw on the columns that the master keeps.
             name: what to call the adaptation.
             tokenizer: needed where `samples` is text and none was given to `dynamo_compile`.
 
@@ -138,7 +141,7 @@ class Runtime:
         pools: dict[tuple[str, str], ChannelPool] = {}
         changes = []
         for path, layer in self.layers.items():
-            contents, change = _choose(layer, seen[path], rule, name)
+            contents, change = _choose(layer, seen[path], rule, name, self.widths)
             pools |= {(path, linear): pool for linear, pool in contents.items()}
             changes.append(change)
         chosen_at = time.perf_counter()
@@ -174,13 +177,13 @@ class Runtime:
 
 
 def _choose(
-    layer: RuntimeLayer, statistics: BlockStatistics, rule: str, name: str
+    layer: RuntimeLayer, statistics: BlockStatistics, rule: str, name: str, widths: Sequence[int]
 ) -> tuple[dict[str, ChannelPool], LayerChange]:
     """The new pool contents of one layer, on the host, and what they change."""
     evidence = layer.evidence({name: statistics})
     old_bits = {linear: packed.bits for linear, packed in layer.experts.all_packed().items()}
     target = _effective_bits(evidence, old_bits)
-    plan = assign([evidence], "dynamo", target_bits=target).layers[layer.block.path]
+    plan = assign([evidence], "dynamo", target_bits=target, widths=widths).layers[layer.block.path]
     pools, changes = {}, []
     for linear, packed in layer.experts.all_packed().items():
         master = layer.masters[linear]
@@ -189,7 +192,7 @@ def _choose(
             pool = restore(master, packed, sums.sq_sum)
         else:
             significance = channel_significance(sums, master.column_norm.double().to(sums.abs_sum.device))
-            pool = recluster(master, packed, significance, plan.bits[linear])
+            pool = recluster(master, packed, significance, plan.bits[linear], sums.sq_sum)
         pools[linear] = pool
         changes.append(
             LinearChange(
@@ -203,7 +206,7 @@ def _choose(
             )
         )
     clusters_changed = _experts_changed(plan.bits, old_bits)
-    divergence = float(jensen_shannon(statistics.count, layer.calibration.count))
+    divergence = float(jensen_shannon(statistics.count.cpu(), layer.calibration_count))
     return pools, LayerChange(layer.block.path, divergence, clusters_changed, tuple(changes))
 
 

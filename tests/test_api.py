@@ -17,7 +17,7 @@ from torch import nn
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, pipeline
 
 import moe_compiler
-from moe_compiler import CompileConfig, dynamo_compile
+from moe_compiler import CompileConfig, api, dynamo_compile
 from moe_compiler.evaluate import perplexity
 from moe_compiler.inspection import readable
 from moe_compiler.passes.lower import LoweredExperts
@@ -262,6 +262,36 @@ def _snapshot(model: Any) -> tuple[dict[str, Any], list[int]]:
     if not isinstance(model, nn.Module):
         return {}, []
     return dict(model.named_parameters()), [id(module) for module in model.modules()]
+
+
+def test_an_interruption_stays_an_interruption(monkeypatch: Any) -> None:
+    calls = []
+
+    def interrupted(*arguments: Any) -> Any:
+        calls.append(arguments)
+        raise KeyboardInterrupt if len(calls) == 1 else AssertionError
+
+    monkeypatch.setattr(api, "compile_layer", interrupted)
+    model = olmoe().train()
+    model.model.layers[0].eval()
+    flags = [module.training for module in model.modules()]
+    with pytest.raises(KeyboardInterrupt):
+        dynamo_compile(model, datasets(), **QUIET)
+    assert flags == [module.training for module in model.modules()]
+
+
+def test_a_failure_halfway_says_that_the_model_is_lost(monkeypatch: Any) -> None:
+    real, calls = api.compile_layer, []
+
+    def fails_second(*arguments: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise MemoryError("no memory left")
+        return real(*arguments)
+
+    monkeypatch.setattr(api, "compile_layer", fails_second)
+    with pytest.raises(RuntimeError, match="failed after 1 of 2 MoE blocks had been replaced"):
+        dynamo_compile(olmoe(), datasets(), **QUIET)
 
 
 def test_the_training_flag_comes_back_when_a_model_is_refused() -> None:

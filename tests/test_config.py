@@ -23,6 +23,7 @@ BAD = [
     ({"insurance": -1}, "`insurance` must not be negative, but is -1"),
     ({"sequence_length": 1}, "`sequence_length` must be at least 2, but is 1"),
     ({"tokens_per_batch": 0}, "`tokens_per_batch` must be at least 2, but is 0"),
+    ({"tokens_per_batch": 64}, "`sequence_length` must be at most `tokens_per_batch`, but 512 > 64"),
     ({"hessian_memory_bytes": 0}, "`hessian_memory_bytes` must be at least 1, but is 0"),
 ]
 

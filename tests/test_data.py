@@ -6,6 +6,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
+import transformers
 
 from moe_compiler.data import load_calibration, load_samples
 from moe_compiler.passes.calibrate import batches
@@ -76,6 +77,10 @@ BAD: list[tuple[Any, type[Exception], str]] = [
     ({"wiki": [object()]}, TypeError, "sample 0 of dataset 'wiki' must be text or token ids, but is a object"),
     ({"wiki": torch.zeros(2, 2, 2).long()}, ValueError, "sample 0 of dataset 'wiki' must be 1-D, but has shape (2, 2)"),
     ({"wiki": ["text", [1, 2]]}, TypeError, "dataset 'wiki' must hold either text or token ids, but holds both"),
+    ({"wiki": {"text": ["a"]}}, TypeError, "but is a dict with text: give one of its values"),
+    ({"wiki": transformers.BatchEncoding({"input_ids": [[1, 2]]})}, TypeError, "but is a BatchEncoding with input_ids"),
+    ({"wiki": datasets.DatasetDict(train=datasets.Dataset.from_dict({"text": ["x"]}))}, TypeError, "but is a DatasetDict with train"),
+    ({"wiki": datasets.Dataset.from_dict({"input_ids": [[1, 0]], "attention_mask": [[1, 0]]})}, ValueError, "dataset 'wiki' must not be padded"),
     ({"wiki": 3}, TypeError, "dataset 'wiki' must be text, token ids or an iterable of them, but is int"),
     ({"wiki": datasets.Dataset.from_dict({"body": ["x"]})}, ValueError, "dataset 'wiki' must have a column `input_ids` or `text`, but has body"),
 ]  # fmt: skip

@@ -243,14 +243,19 @@ def test_restore_leaves_slots_idle_where_no_channel_carries_energy() -> None:
 def test_recluster_requantizes_channels_of_experts_that_changed() -> None:
     weight, packed, energy = quantized_pair()
     master = whole_master(weight, packed)
-    pool = recluster(master, packed, energy, [8, 4, 2, 2])
+    pool = recluster(master, packed, energy, [8, 4, 2, 2], 0 * energy)
     assert set(pool.experts().tolist()) <= {0, 3}
     packed.pool.copy_(pool)
     corrected = packed.dequantize()
     for expert, channel in zip(pool.experts().tolist(), pool.index[: pool.used].tolist(), strict=True):
         left = (weight - corrected)[expert, :, channel].norm() / weight[expert, :, channel].norm()
         assert left < 0.02 if expert == 0 else left > 0.1  # up to 8 bits, down to 2
-    assert recluster(master, packed, energy, packed.bits).used == 0
+    unchanged_clusters = recluster(master, packed, energy, packed.bits, energy)
+    expected = restore(master, packed, energy)
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(unchanged_clusters.tensors().values(), expected.tensors().values(), strict=True)
+    )
 
 
 def test_the_master_keeps_the_stated_share_with_the_first_channels_among_it() -> None:
@@ -282,6 +287,15 @@ def test_moqa_puts_its_int8_channels_into_the_pool() -> None:
         for name, packed in layer.experts.all_packed().items():
             assert plan.channels is not None
             assert packed.pool.offset.diff().tolist() == list(plan.channels[name])
+
+
+def test_a_state_from_another_compilation_is_noticed() -> None:
+    weight, packed, energy = quantized_pair()
+    error = channel_error(weight, packed)
+    master = build_master(weight, error, worst_channels(error, energy, 6), 0.0)
+    packed.pool.copy_(restore(whole_master(weight, packed), packed, energy.flip(1)))
+    with pytest.raises(RuntimeError, match="the model's state was loaded from another compilation"):
+        expected_error(master, packed, packed.pool, energy)
 
 
 def test_jensen_shannon_is_a_divergence() -> None:
