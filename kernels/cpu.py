@@ -1,4 +1,4 @@
-"""The operators in PyTorch calls: one matrix product per expert that was hit. Runs on any device."""
+"""The operators in PyTorch calls: one matrix product per expert that was hit. CUDA has them too, but never ran them."""
 
 from __future__ import annotations
 

@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from moe_compiler.kernels.affine import WIDTHS
+from moe_compiler.passes.quantize import QUANTIZERS
+from moe_compiler.passes.rtn import GROUP_SIZES
+from moe_compiler.passes.strategies import STRATEGIES
+from moe_compiler.runtime.runtime import RULES
 
-STRATEGIES = ("dynamo", "moqa", "uniform", "random", "pooled", "budget")
-QUANTIZERS = ("gptq", "rtn", "hqq")
-RULES = ("restore", "cluster")
 MASTERS = ("cache", "memory")
-GROUP_SIZES = (32, 64, 128)
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class CompileConfig:
         cache_fraction: share of the input channels whose original columns the cache keeps.
         sequence_length: tokens per sample that text is cut into.
         tokens_per_batch: upper bound of the tokens in one forward pass of calibration.
-        hessian_memory_bytes: upper bound of the memory for Hessians; the layers are quantized in windows of as many
-            as fit (at least one).
+        hessian_memory_bytes: upper bound of the memory for Hessians, which are held twice while they are collected;
+            the layers are quantized in windows of as many as fit (at least one).
         seed: of the strategy `"random"` and of everything else that draws.
     """
 

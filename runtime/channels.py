@@ -32,6 +32,18 @@ class LinearMaster:
     columns: Tensor
 
     @property
+    def places(self) -> Tensor:
+        """`e · K + c` of each original column that is kept, `(M,)` int64, ascending."""
+        return self.experts * self.error.shape[1] + self.channels
+
+    @property
+    def kept_error(self) -> Tensor:
+        """`error` where the original column is kept, 0 elsewhere, `(E, K)`."""
+        kept = torch.zeros_like(self.error)
+        kept[self.experts, self.channels] = self.error[self.experts, self.channels]
+        return kept
+
+    @property
     def size_bytes(self) -> int:
         """Host memory that the master takes."""
         tensors = (self.error, self.column_norm, self.experts, self.channels, self.columns)
@@ -113,8 +125,7 @@ def build_master(weight: Tensor, error: Tensor, first: Tensor, fraction: float) 
 def hold(master: LinearMaster, packed: PackedExpertLinear, places: Tensor) -> ChannelPool:
     """Pool contents that restore the channels at `places` (`e · K + c`), which the master must have, on the host."""
     width = master.error.shape[1]
-    kept = master.experts * width + master.channels  # ascending
-    rows = torch.searchsorted(kept, places)
+    rows = torch.searchsorted(master.places, places)
     delta = master.columns[rows].float() - base_columns(packed, places // width, places % width)
     return _contents(packed, places // width, places % width, delta)
 
@@ -144,9 +155,7 @@ def restore(master: LinearMaster, packed: PackedExpertLinear, energy: Tensor) ->
     Returns:
         The new contents, on the host. Slots that no channel needs stay idle.
     """
-    kept = torch.zeros_like(master.error)
-    kept[master.experts, master.channels] = master.error[master.experts, master.channels]
-    return hold(master, packed, worst_channels(kept, energy, packed.pool.capacity))
+    return hold(master, packed, worst_channels(master.kept_error, energy, packed.pool.capacity))
 
 
 def recluster(
@@ -170,7 +179,6 @@ def recluster(
         The new contents, on the host.
     """
     changed = torch.tensor([new != old for new, old in zip(bits, packed.bits, strict=True)])
-    width = master.error.shape[1]
     candidate = changed[master.experts]
     score = torch.where(candidate, significance.cpu().float()[master.experts, master.channels], 0.0)
     rows = torch.topk(score, min(packed.pool.capacity, int((score > 0).sum()))).indices
@@ -180,11 +188,9 @@ def recluster(
         these = torch.tensor([bits[expert] == one for expert in experts.tolist()])
         scale, zero_point = choose_qparams(wanted[these], one, 128)
         wanted[these] = dequantize(quantize(wanted[these], scale, zero_point, one, 128), scale, zero_point, 128)
-    kept = torch.zeros_like(master.error)
-    kept[master.experts, master.channels] = master.error[master.experts, master.channels]
-    kept[changed] = 0
-    places = worst_channels(kept, energy, packed.pool.capacity - rows.numel())
-    left = torch.searchsorted(master.experts * width + master.channels, places)
+    others = master.kept_error.masked_fill(changed[:, None], 0)
+    places = worst_channels(others, energy, packed.pool.capacity - rows.numel())
+    left = torch.searchsorted(master.places, places)
     experts = torch.cat([experts, master.experts[left]])
     channels = torch.cat([channels, master.channels[left]])
     wanted = torch.cat([wanted, master.columns[left].float()])
@@ -199,11 +205,9 @@ def expected_error(master: LinearMaster, packed: PackedExpertLinear, pool: Chann
     """
     error = master.error.double().clone()
     experts, channels = pool.experts().cpu(), pool.index[: pool.used].long().cpu()
-    width = master.error.shape[1]
-    kept = master.experts * width + master.channels  # ascending
-    wanted = experts * width + channels
-    at = torch.searchsorted(kept, wanted).clamp(max=kept.numel() - 1)
-    if not torch.equal(kept[at], wanted):
+    wanted = experts * master.error.shape[1] + channels
+    at = torch.searchsorted(master.places, wanted).clamp(max=master.places.numel() - 1)
+    if not torch.equal(master.places[at], wanted):
         raise RuntimeError(
             "the channel pool holds channels that are not in the master: the model's state was loaded from another "
             "compilation; load it into a model that was compiled in the same way"

@@ -115,8 +115,8 @@ class Runtime:
             samples: the new data: texts, token ids or a `datasets.Dataset`, a few thousand tokens.
             rule: `"restore"`: restore the channels with the largest expected error on the new data; `"cluster"`: the
                 paper's rule, requantize cached channels to the width of their expert's new cluster, up or down; it may
-                leave a larger error than it found, which the report shows. The default
-                was chosen at compile time. Both can only draw on the columns that the master keeps.
+                leave a larger error than it found, which the report shows. The default was chosen at compile time.
+                Both can only draw on the columns that the master keeps.
             name: what to call the adaptation.
             tokenizer: needed where `samples` is text and none was given to `dynamo_compile`.
 

@@ -134,6 +134,17 @@ def test_model_compile_in_place_follows_adapt() -> None:
     torch.testing.assert_close(after, model.forward(input_ids=tokens(2, 9, 3), use_cache=False).logits.detach())
 
 
+def test_adapt_runs_beside_a_forward_that_was_compiled_on_the_model() -> None:
+    model = dynamo_compile(olmoe(num_hidden_layers=1), datasets(), **OPTIONS)
+    model.forward = torch.compile(model.forward, fullgraph=True, dynamic=True, backend="eager")
+    before = logits(model)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        model.runtime.adapt(new_data())
+        assert not torch.equal(logits(model), before)
+        model.runtime.revert()
+        assert torch.equal(logits(model), before)
+
+
 @pytest.mark.parametrize("where", ["restore", "expected_error", "assign"])
 def test_a_failure_at_any_step_changes_nothing(model: Any, monkeypatch: Any, where: str) -> None:
     model.runtime.adapt(tokens(4, 32, 5), name="first")
