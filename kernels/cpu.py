@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe_compiler.kernels.activation import gated
+from moe_compiler.kernels.packed import PackedTensors
 from moe_compiler.kernels.reference import dequantize_expert, rows_per_input
 
 
@@ -35,32 +37,49 @@ def expert_linear(x: Tensor, expert_ids: Tensor, weight: Tensor, bias: Tensor | 
 
 
 def packed_expert_linear(
-    x: Tensor,
-    expert_ids: Tensor,
-    planes: Tensor,
-    table: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    bias: Tensor | None,
-    pool_offset: Tensor,
-    pool_index: Tensor,
-    pool_value: Tensor,
-    pool_scale: Tensor,
-    group_size: int,
+    x: Tensor, expert_ids: Tensor, weight: Sequence[Tensor], bias: Tensor | None, group_size: int
 ) -> Tensor:
     """Expert linear over packed weights; arguments as in `moe_compiler.kernels.ops`."""
+    packed = PackedTensors(*weight)
     repeat = rows_per_input(x, expert_ids)
-    out = x.new_zeros(expert_ids.shape[0], scale.shape[1])
-    slots = pool_offset.tolist()
-    for expert, rows in rows_by_expert(expert_ids, table.shape[0]):
-        weight = dequantize_expert(expert, x.shape[1], planes, table, scale, zero_point, group_size)
-        first, last = slots[expert], slots[expert + 1]
-        if last > first:
-            delta = pool_value[first:last].float() * pool_scale[first:last].float()[:, None]
-            weight.index_add_(1, pool_index[first:last], delta.t())
+    out = x.new_zeros(expert_ids.shape[0], packed.out_features)
+    for expert, rows in rows_by_expert(expert_ids, packed.num_experts):
         expert_bias = None if bias is None else bias[expert].to(x.dtype)
-        out[rows] = F.linear(x[rows // repeat], weight.to(x.dtype), expert_bias)
+        dense = dequantize(packed, expert, x.shape[1], group_size).to(x.dtype)
+        out[rows] = F.linear(x[rows // repeat], dense, expert_bias)
     return out
+
+
+def packed_experts(
+    x: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    gate_up: Sequence[Tensor],
+    gate_up_bias: Tensor | None,
+    down: Sequence[Tensor],
+    down_bias: Tensor | None,
+    activation: str,
+    group_size: int,
+) -> Tensor:
+    """All experts of a layer over packed weights; arguments as in `moe_compiler.kernels.ops`."""
+    expert_ids = top_k_index.reshape(-1)
+    hidden = gated(packed_expert_linear(x, expert_ids, gate_up, gate_up_bias, group_size), activation)
+    rows = packed_expert_linear(hidden, expert_ids, down, down_bias, group_size)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    weighted = rows.to(wide) * top_k_weights.reshape(-1, 1).to(wide)
+    return weighted.view(*top_k_index.shape, x.shape[1]).sum(dim=1).to(x.dtype)
+
+
+def dequantize(packed: PackedTensors, expert: int, in_features: int, group_size: int) -> Tensor:
+    """Weight of one expert with the pool's corrections, `(N, K)` float32."""
+    weight = dequantize_expert(
+        expert, in_features, packed.planes, packed.table, packed.scale, packed.zero_point, group_size
+    )
+    first, last = packed.pool_offset[expert : expert + 2].tolist()
+    if last > first:
+        delta = packed.pool_value[first:last].float() * packed.pool_scale[first:last].float()[:, None]
+        weight.index_add_(1, packed.pool_index[first:last], delta.t())
+    return weight
 
 
 def observe_experts_(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from moe_compiler.kernels.affine import QuantizedWeight
-from moe_compiler.kernels.planes import pack_experts
+from moe_compiler.kernels.packed import PackedTensors
+from moe_compiler.kernels.planes import ALIGNMENT, pack_experts
 from moe_compiler.kernels.pool import ChannelPool
 from moe_compiler.kernels.reference import dequantize_expert
 
@@ -77,16 +78,46 @@ class PackedExpertLinear:
         pool = ChannelPool(**{f: tensors.pop(f"pool_{f}") for f in ("offset", "index", "value", "scale")})
         return cls(**tensors, pool=pool, in_features=in_features, group_size=group_size)
 
+    def routed(self, num_experts: int) -> PackedExpertLinear:
+        """The first `num_experts` experts with the whole pool, by reference."""
+        if num_experts == self.num_experts:
+            return self
+        end = int(self.table[num_experts, 1]) * ALIGNMENT
+        return replace(
+            self,
+            planes=self.planes[:end],
+            table=self.table[:num_experts],
+            scale=self.scale[:num_experts],
+            zero_point=self.zero_point[:num_experts],
+            pool=replace(self.pool, offset=self.pool.offset[: num_experts + 1]),
+        )
+
+    def appended(self, num_experts: int) -> PackedExpertLinear:
+        """The experts after the first `num_experts`, without a pool; only the table is a copy."""
+        start = int(self.table[num_experts, 1])
+        table = self.table[num_experts:].clone()
+        table[:, 1] -= start
+        pool = ChannelPool.empty(table.shape[0], 0, self.out_features, table.device)
+        return replace(
+            self,
+            planes=self.planes[start * ALIGNMENT :],
+            table=table,
+            scale=self.scale[num_experts:],
+            zero_point=self.zero_point[num_experts:],
+            pool=pool,
+        )
+
+    @property
+    def tensors(self) -> PackedTensors:
+        """The buffers in the operators' order."""
+        pool = self.pool
+        return PackedTensors(
+            self.planes, self.table, self.scale, self.zero_point, pool.offset, pool.index, pool.value, pool.scale
+        )
+
     def buffers(self, name: str) -> dict[str, Tensor]:
-        """The tensors by the names they have in a module whose linear is called `name`."""
-        tensors = {
-            "planes": self.planes,
-            "table": self.table,
-            "scale": self.scale,
-            "zero_point": self.zero_point,
-            **{f"pool_{field}": tensor for field, tensor in self.pool.tensors().items()},
-        }
-        return {name + suffix: tensors[field] for field, suffix in SUFFIXES.items()}
+        """The tensors, in the operators' order, by the names they have in a module whose linear is called `name`."""
+        return {name + SUFFIXES[field]: tensor for field, tensor in self.tensors._asdict().items()}
 
     @property
     def num_experts(self) -> int:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from moe_compiler.kernels import ops
 from moe_compiler.kernels.buffers import FixedDtypeBuffers
-from moe_compiler.kernels.experts import PackedExpertLinear
+from moe_compiler.kernels.experts import SUFFIXES, PackedExpertLinear
 
 
 class PackedLinear(FixedDtypeBuffers):
@@ -36,20 +36,8 @@ class PackedLinear(FixedDtypeBuffers):
         """Applies the linear to `x` `(..., K)`; returns `(..., N)`."""
         rows = x.reshape(-1, self.in_features)
         expert_ids = torch.zeros(rows.shape[0], dtype=torch.int64, device=x.device)
-        out: Tensor = ops.packed_expert_linear(
-            rows,
-            expert_ids,
-            self.weight,
-            self.weight_table,
-            self.weight_scale,
-            self.weight_zero_point,
-            None,
-            self.weight_pool_offset,
-            self.weight_pool_index,
-            self.weight_pool_value,
-            self.weight_pool_scale,
-            self.group_size,
-        )
+        weight = [getattr(self, "weight" + suffix) for suffix in SUFFIXES.values()]
+        out: Tensor = ops.packed_expert_linear(rows, expert_ids, weight, None, self.group_size)
         if self.bias is not None:
             out = out + self.bias
         return out.reshape(*x.shape[:-1], self.out_features)

@@ -7,13 +7,17 @@ each give `R = T·k` rows in token order. An id of `E` or more marks a pair that
     The linear of the captured graph, in the model's own precision. `x` is `(T, K)` or `(R, K)`: row `r` of the output
     reads `x[r // (R / x.shape[0])]`. `weight` is `(E, N, K)`, or `(E, K, N)` if `transposed`; `bias` `(E, N)`.
 
-`packed_expert_linear(x, expert_ids, planes, table, scale, zero_point, bias, pool_offset, pool_index, pool_value,
-pool_scale, group_size) -> (R, N)`
-    The linear of the lowered graph. `planes` and `table` as in `moe_compiler.kernels.planes`; `scale` `(E, N, groups)`
-    float16; `zero_point` `(E, N, groups)` uint8, in units of `2**(bits - 8)`. Channel pool of `C` slots, sorted by
-    expert: slots `pool_offset[e]` up to `pool_offset[e + 1]` (`(E + 1,)` int32) belong to expert `e`, and slot `s` adds
-    `pool_scale[s] · pool_value[s] · x[:, pool_index[s]]`; `pool_index` `(C,)` int32, `pool_value` `(C, N)` int8,
-    `pool_scale` `(C,)` float32. Slots past `pool_offset[E]` are idle.
+`packed_expert_linear(x, expert_ids, weight, bias, group_size) -> (R, N)`
+    The linear of the lowered graph. `weight` is the list of tensors that `moe_compiler.kernels.packed.PackedTensors`
+    names: planes, table, scales, zero points and the channel pool, whose slot `s` of expert `e` adds
+    `pool_scale[s] · pool_value[s] · x[:, pool_index[s]]`.
+
+`packed_experts(x, top_k_index, top_k_weights, gate_up, gate_up_bias, down, down_bias, activation, group_size)
+-> (T, H)`
+    All experts of a layer in one operator: `Σ_k w_k · down(act(gate(x)) · up(x))`. `x` is `(T, H)`, `top_k_index`
+    `(T, k)` int64 and `top_k_weights` `(T, k)`; `gate_up` is a packed linear `(2I, H)`, the gate's rows first, `down`
+    one `(H, I)`; `activation` is one of `moe_compiler.kernels.activation.ACTIVATIONS`. Sums are float32, the
+    intermediate is rounded to the dtype of `x`.
 
 `observe_experts_(x, expert_ids, gate, token_weight, abs_sum, sq_sum, hessian) -> ()`
     The observer: adds to `abs_sum` and `sq_sum` `(E, K)` float64 and, unless it is empty, `hessian` `(E, K, K)`
@@ -32,15 +36,18 @@ import torch
 from torch import Tensor
 
 from moe_compiler.kernels import cpu
+from moe_compiler.kernels.packed import PackedTensors
 
 NAMESPACE = "moe_compiler"
 
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 _LIBRARY.define("expert_linear(Tensor x, Tensor expert_ids, Tensor weight, Tensor? bias, bool transposed) -> Tensor")
 _LIBRARY.define(
-    "packed_expert_linear(Tensor x, Tensor expert_ids, Tensor planes, Tensor table, Tensor scale, "
-    "Tensor zero_point, Tensor? bias, Tensor pool_offset, Tensor pool_index, Tensor pool_value, "
-    "Tensor pool_scale, int group_size) -> Tensor"
+    "packed_expert_linear(Tensor x, Tensor expert_ids, Tensor[] weight, Tensor? bias, int group_size) -> Tensor"
+)
+_LIBRARY.define(
+    "packed_experts(Tensor x, Tensor top_k_index, Tensor top_k_weights, Tensor[] gate_up, Tensor? gate_up_bias, "
+    "Tensor[] down, Tensor? down_bias, str activation, int group_size) -> Tensor"
 )
 _LIBRARY.define(
     "observe_experts_(Tensor x, Tensor expert_ids, Tensor gate, Tensor token_weight, "
@@ -53,6 +60,7 @@ _LIBRARY.define(
 for _device in ("CPU", "CUDA"):
     _LIBRARY.impl("expert_linear", cpu.expert_linear, _device)
     _LIBRARY.impl("packed_expert_linear", cpu.packed_expert_linear, _device)
+    _LIBRARY.impl("packed_experts", cpu.packed_experts, _device)
     _LIBRARY.impl("observe_experts_", cpu.observe_experts_, _device)
     _LIBRARY.impl("observe_routing_", cpu.observe_routing_, _device)
 
@@ -71,21 +79,26 @@ def _expert_linear_fake(x: Tensor, expert_ids: Tensor, weight: Tensor, bias: Ten
 
 
 def _packed_expert_linear_fake(
+    x: Tensor, expert_ids: Tensor, weight: list[Tensor], bias: Tensor | None, group_size: int
+) -> Tensor:
+    packed = PackedTensors(*weight)
+    _check_device(x, packed.planes)
+    return x.new_empty(expert_ids.shape[0], packed.out_features)
+
+
+def _packed_experts_fake(
     x: Tensor,
-    expert_ids: Tensor,
-    planes: Tensor,
-    table: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    bias: Tensor | None,
-    pool_offset: Tensor,
-    pool_index: Tensor,
-    pool_value: Tensor,
-    pool_scale: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    gate_up: list[Tensor],
+    gate_up_bias: Tensor | None,
+    down: list[Tensor],
+    down_bias: Tensor | None,
+    activation: str,
     group_size: int,
 ) -> Tensor:
-    _check_device(x, planes)
-    return x.new_empty(expert_ids.shape[0], scale.shape[1])
+    _check_device(x, gate_up[0])
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _observe_experts_fake(
@@ -115,10 +128,12 @@ def _observe_routing_fake(
 
 torch.library.register_fake(f"{NAMESPACE}::expert_linear", _expert_linear_fake, lib=_LIBRARY)
 torch.library.register_fake(f"{NAMESPACE}::packed_expert_linear", _packed_expert_linear_fake, lib=_LIBRARY)
+torch.library.register_fake(f"{NAMESPACE}::packed_experts", _packed_experts_fake, lib=_LIBRARY)
 torch.library.register_fake(f"{NAMESPACE}::observe_experts_", _observe_experts_fake, lib=_LIBRARY)
 torch.library.register_fake(f"{NAMESPACE}::observe_routing_", _observe_routing_fake, lib=_LIBRARY)
 
 expert_linear = torch.ops.moe_compiler.expert_linear.default
 packed_expert_linear = torch.ops.moe_compiler.packed_expert_linear.default
+packed_experts = torch.ops.moe_compiler.packed_experts.default
 observe_experts_ = torch.ops.moe_compiler.observe_experts_.default
 observe_routing_ = torch.ops.moe_compiler.observe_routing_.default

@@ -20,7 +20,7 @@ class ChannelPool:
     """The slots of one linear, sorted by expert.
 
     Attributes:
-        offset: `(E + 1,)` int32; slots `offset[e]` up to `offset[e + 1]` belong to expert `e`.
+        offset: `(E + 1,)` int32; slots `offset[e]` up to `offset[e + 1]` belong to expert `e`; none if that is less.
         index: `(C,)` int32, the input channel of each slot; 0 in idle slots.
         value: `(C, N)` int8, the slot's column in units of `scale`; 0 in idle slots.
         scale: `(C,)` float32.
@@ -96,7 +96,7 @@ class ChannelPool:
     @property
     def used(self) -> int:
         """The number of slots that hold a correction."""
-        return int(self.offset[-1])
+        return int(self.offset.max())
 
     @property
     def size_bytes(self) -> int:
@@ -109,7 +109,7 @@ class ChannelPool:
 
     def experts(self) -> Tensor:
         """The expert of each used slot, `(S,)` int64."""
-        counts = self.offset.diff().long()
+        counts = self.offset.diff().clamp(min=0).long()
         return torch.repeat_interleave(torch.arange(counts.shape[0], device=counts.device), counts)
 
     def columns(self) -> Tensor:

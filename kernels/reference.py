@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from moe_compiler.kernels.activation import gated
+from moe_compiler.kernels.packed import PackedTensors
 from moe_compiler.kernels.planes import ALIGNMENT, unpack_expert
 
 
@@ -41,28 +45,60 @@ def expert_linear_reference(
 
 
 def packed_expert_linear_reference(
-    x: Tensor,
-    expert_ids: Tensor,
-    planes: Tensor,
-    table: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    bias: Tensor | None,
-    pool_offset: Tensor,
-    pool_index: Tensor,
-    pool_value: Tensor,
-    pool_scale: Tensor,
-    group_size: int,
+    x: Tensor, expert_ids: Tensor, weight: Sequence[Tensor], bias: Tensor | None, group_size: int
 ) -> Tensor:
     """The packed form of `expert_linear_reference`; arguments as in `moe_compiler.kernels.ops`."""
+    dense = dequantize_reference(PackedTensors(*weight), x.shape[1], group_size)
+    return expert_linear_reference(x, expert_ids, dense, bias, transposed=False)
+
+
+def packed_experts_reference(
+    x: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    gate_up: Sequence[Tensor],
+    gate_up_bias: Tensor | None,
+    down: Sequence[Tensor],
+    down_bias: Tensor | None,
+    activation: str,
+    group_size: int,
+) -> Tensor:
+    """All experts of a layer, one token and expert at a time; arguments as in `moe_compiler.kernels.ops`.
+
+    In float64, but the intermediate is rounded to the dtype of `x`, as the operator stores it.
+    """
+    features = PackedTensors(*gate_up).out_features // 2
+    first = dequantize_reference(PackedTensors(*gate_up), x.shape[1], group_size)
+    second = dequantize_reference(PackedTensors(*down), features, group_size)
+    out = torch.zeros(x.shape, dtype=torch.float64)
+    for token in range(x.shape[0]):
+        for expert, weight in zip(top_k_index[token].tolist(), top_k_weights[token].tolist(), strict=True):
+            if expert >= first.shape[0]:
+                continue
+            hidden = first[expert] @ x[token].double()
+            if gate_up_bias is not None:
+                hidden += gate_up_bias[expert].double()
+            hidden = gated(hidden, activation).to(x.dtype).double()
+            result = second[expert] @ hidden
+            if down_bias is not None:
+                result += down_bias[expert].double()
+            out[token] += weight * result
+    return out.to(x.dtype)
+
+
+def dequantize_reference(packed: PackedTensors, in_features: int, group_size: int) -> Tensor:
+    """Weights of all experts with the pool's corrections, `(E, N, K)` float64."""
     weight = torch.stack(
-        [dequantize_expert(e, x.shape[1], planes, table, scale, zero_point, group_size) for e in range(table.shape[0])]
+        [
+            dequantize_expert(e, in_features, packed.planes, packed.table, packed.scale, packed.zero_point, group_size)
+            for e in range(packed.num_experts)
+        ]
     ).double()
-    for expert in range(table.shape[0]):
-        for slot in range(int(pool_offset[expert]), int(pool_offset[expert + 1])):
-            column = pool_value[slot].double() * pool_scale[slot].double()
-            weight[expert, :, int(pool_index[slot])] += column
-    return expert_linear_reference(x, expert_ids, weight, bias, transposed=False)
+    for expert in range(packed.num_experts):
+        for slot in range(int(packed.pool_offset[expert]), int(packed.pool_offset[expert + 1])):
+            column = packed.pool_value[slot].double() * packed.pool_scale[slot].double()
+            weight[expert, :, int(packed.pool_index[slot])] += column
+    return weight
 
 
 def dequantize_expert(

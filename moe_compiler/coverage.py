@@ -76,6 +76,9 @@ def block_coverage(layer: RuntimeLayer) -> list[CoverageEntry]:
         _packed_entry(f"{block.spec.path}.{name}", "experts", packed)
         for name, packed in layer.experts.all_packed().items()
     ]
+    for name, packed in layer.experts.shared_packed().items():
+        shared = block.shared_linears[0].rpartition(".")[0]
+        entries.append(_packed_entry(f"{block.path}.{shared}.{name}", "shared experts", packed))
     for name, module in block.graph.named_modules():
         path = f"{block.path}.{name}"
         if isinstance(module, PackedLinear):

@@ -69,6 +69,11 @@ def _widths(layer: RuntimeLayer, report: CompileReport) -> str:
             f"    channel pool: {packed.pool.used} of {packed.pool.capacity} slots",
             f"    experts that saw too few tokens for a Hessian of their own: {rare}",
         ]
+    for name, packed in layer.experts.shared_packed().items():
+        lines.append(
+            f"{name} of the shared experts: run as {packed.num_experts} more that every token takes, "
+            f"INT{packed.bits[0]}"
+        )
     return "\n".join(lines)
 
 

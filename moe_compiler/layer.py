@@ -36,12 +36,10 @@ class CompiledLayer:
     Attributes:
         runtime: what the runtime needs of the block.
         blended: by linear, the experts that saw too few tokens and took part of the layer's pooled Hessian.
-        shared: paths in the block of the shared experts' linears that were lowered.
     """
 
     runtime: RuntimeLayer
     blended: Mapping[str, tuple[int, ...]]
-    shared: tuple[str, ...]
 
 
 def pool_capacity(projection: Projection, num_experts: int, fraction: float) -> int:
@@ -167,11 +165,9 @@ def compile_layer(
         master = build_master(weight, error, first, fraction)
         linear.pool.copy_(hold(master, linear, first))
         packed[p.name], masters[p.name] = linear, master
-    shared = quantize_shared(block, config)
-    lower_block(model, block, packed, shared)
+    lower_block(model, block, packed, quantize_shared(block, config))
     overhead = {name: linear.effective_bits - linear.code_bits for name, linear in packed.items()}
     return CompiledLayer(
         runtime=RuntimeLayer(block, masters, total.count.cpu(), overhead),
         blended=blended,
-        shared=tuple(shared),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 
 from torch import nn
@@ -11,16 +12,24 @@ from moe_compiler.kernels import ops
 from moe_compiler.kernels.buffers import FixedDtypeBuffers
 from moe_compiler.kernels.experts import PackedExpertLinear
 from moe_compiler.kernels.linear import PackedLinear
+from moe_compiler.kernels.shared import append_experts
+from moe_compiler.passes.absorb import AbsorbSharedExperts, ExtendRouting, find_shared_experts
 from moe_compiler.passes.base import MoEPass, run_passes
 from moe_compiler.passes.capture import MoEBlock, trace_experts
+from moe_compiler.passes.fuse import FuseExperts, fusible_activation
 from moe_compiler.passes.graph import MoEGraph
 
 
 class LoweredExperts(FixedDtypeBuffers, MoEGraph):
     """The experts of one layer as a graph of packed operators; its buffers are the packed weights and the pools.
 
-    `group_size` is kept in `meta`, and `spec` is the description of the experts it replaces.
+    `spec` is the description of the experts it replaces. `meta` keeps the `group_size` and, as `"unfused"`, the graph
+    with one operator per linear, which an observer can look into.
     """
+
+    def unfused(self) -> MoEGraph:
+        """The same computation with one operator per linear, over the same buffers."""
+        return MoEGraph(self, copy.deepcopy(self.meta["unfused"]), type(self).__name__)
 
     @property
     def num_experts(self) -> int:
@@ -28,16 +37,26 @@ class LoweredExperts(FixedDtypeBuffers, MoEGraph):
         return int(self.spec.num_experts)
 
     def packed(self, projection: str) -> PackedExpertLinear:
-        """The packed linear `projection` (`"gate_up_proj"`, `"up_proj"` or `"down_proj"`), by reference."""
+        """The packed linear `projection` (`"gate_up_proj"`, `"up_proj"` or `"down_proj"`) of the routed experts, by
+        reference.
+        """
+        return self._whole(projection).routed(self.num_experts)
+
+    def all_packed(self) -> dict[str, PackedExpertLinear]:
+        """Every packed linear of the routed experts by its projection's name."""
+        return {one.name: self.packed(one.name) for one in self.spec.projections}
+
+    def shared_packed(self) -> dict[str, PackedExpertLinear]:
+        """Every packed linear of the shared experts that run as routed ones; empty if none do."""
+        whole = {one.name: self._whole(one.name) for one in self.spec.projections}
+        return {n: one.appended(self.num_experts) for n, one in whole.items() if one.num_experts > self.num_experts}
+
+    def _whole(self, projection: str) -> PackedExpertLinear:
         for one in self.spec.projections:
             if one.name == projection:
                 group_size = self.meta["group_size"]
                 return PackedExpertLinear.from_module(self, projection, one.in_features, group_size)
         raise KeyError(f"experts `{self.spec.path}` have no linear {projection!r}")
-
-    def all_packed(self) -> dict[str, PackedExpertLinear]:
-        """Every packed linear by its projection's name."""
-        return {one.name: self.packed(one.name) for one in self.spec.projections}
 
 
 class LowerExperts(MoEPass):
@@ -53,7 +72,7 @@ class LowerExperts(MoEPass):
         gate_up_proj = self.gate_up_proj                                     # int16 planes, flat
         gate_up_proj_table = self.gate_up_proj_table                         # (E, 2)
         ...
-        gate_up = packed_expert_linear(hidden_states, expert_ids, gate_up_proj, gate_up_proj_table, ...)
+        gate_up = packed_expert_linear(hidden_states, expert_ids, [gate_up_proj, gate_up_proj_table, ...], ...)
     """
 
     def __init__(self, packed: Mapping[str, PackedExpertLinear]) -> None:
@@ -74,11 +93,8 @@ class LowerExperts(MoEPass):
                 with graph.inserting_before(node):
                     reuse = buffer == name and weight.op == "get_attr"
                     buffers.append(weight if reuse else graph.get_attr(buffer))
-            planes, table, scale, zero_point, *pool = buffers
             node.target = ops.packed_expert_linear
-            node.args = (
-                x, expert_ids, planes, table, scale, zero_point, bias, *pool, packed.group_size,
-            )  # fmt: skip
+            node.args = (x, expert_ids, buffers, bias, packed.group_size)
             if not weight.users:  # stacked from a list of experts by a module of its own
                 graph.erase_node(weight)
             if bias is not None and bias.op == "call_module":
@@ -104,17 +120,19 @@ class LowerExperts(MoEPass):
 
 
 def lower_experts(block: MoEBlock, packed: Mapping[str, PackedExpertLinear]) -> LoweredExperts:
-    """The experts of a captured block as a graph of packed operators. The block is left as it is.
+    """The experts of a captured block as a graph of packed operators, one per linear. The block is left as it is.
 
     Args:
         block: the captured block, its experts still the model's own.
-        packed: the packed linears by projection, in the order of `block.spec.projections`.
+        packed: the packed linears by projection, in the order of `block.spec.projections`. They may hold more experts
+            than the block routes to.
     """
     traced = trace_experts(block.experts, block.spec)
     lowered = LoweredExperts(traced, traced.graph, type(traced).__name__)
     lowered.spec = block.spec
     lowered.meta["group_size"] = next(iter(packed.values())).group_size
     run_passes(lowered, [LowerExperts(packed)])
+    lowered.meta["unfused"] = copy.deepcopy(lowered.graph)
     return lowered
 
 
@@ -126,6 +144,9 @@ def lower_block(
 ) -> LoweredExperts:
     """Puts the lowered block into the model, in place of the original, whose experts nothing refers to afterwards.
 
+    The experts become one operator where they can, and take in the shared experts where those can be (see
+    `FuseExperts` and `AbsorbSharedExperts`).
+
     Args:
         model: the model that `block` was captured from.
         block: the captured block; its graph becomes the model's block.
@@ -136,6 +157,17 @@ def lower_block(
         The lowered experts, now part of the model.
     """
     lowered = lower_experts(block, packed)
+    activation = fusible_activation(lowered, block.spec)
+    if activation is not None:
+        absorbed = find_shared_experts(block, activation, lowered.meta["group_size"]) if shared else None
+        passes: list[MoEPass] = [FuseExperts(block.spec)]
+        if absorbed is not None:
+            both = zip(packed.items(), absorbed.split(shared), strict=True)
+            lowered = lower_experts(block, {name: append_experts(linear, extra) for (name, linear), extra in both})
+            passes.append(ExtendRouting(block.spec.num_experts, absorbed))
+            run_passes(block.graph, [AbsorbSharedExperts(block)])
+            shared = {}
+        run_passes(lowered, passes)
     for path, linear in shared.items():
         original = block.graph.get_submodule(path)
         assert isinstance(original, nn.Linear)

@@ -13,6 +13,7 @@ from moe_compiler.kernels import ops
 from moe_compiler.passes.base import MoEPass, run_passes
 from moe_compiler.passes.capture import ExpertsSpec, MoEBlock, trace_experts
 from moe_compiler.passes.graph import MoEGraph
+from moe_compiler.passes.lower import LoweredExperts
 from moe_compiler.passes.statistics import BlockStatistics, LinearStatistics
 
 OBSERVER = "experts_observer"
@@ -152,7 +153,7 @@ class ObserveExperts(MoEPass):
         for node in found:
             graph_module.add_submodule(OBSERVER, self.observer)
             with graph_module.graph.inserting_before(node):
-                observed = graph_module.graph.call_module(OBSERVER, node.args)
+                observed = graph_module.graph.call_module(OBSERVER, node.args[:3])
             node.args = (observed, *node.args[1:])
         return len(found)
 
@@ -193,8 +194,8 @@ def observed_block(block: MoEBlock, *, hessian: bool) -> tuple[MoEGraph, MoEGrap
     """
     graph = MoEGraph(block.graph, copy.deepcopy(block.graph.graph), type(block.graph).__name__)
     experts = block.experts
-    if isinstance(experts, MoEGraph):
-        observer = MoEGraph(experts, copy.deepcopy(experts.graph), type(experts).__name__)
+    if isinstance(experts, LoweredExperts):
+        observer = experts.unfused()
     else:
         observer = trace_experts(experts, block.spec)
     device = next(iter(experts.state_dict(keep_vars=True).values())).device

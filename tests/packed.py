@@ -46,5 +46,4 @@ def random_packed(
 
 def op_arguments(packed: PackedExpertLinear, x: Tensor, ids: Tensor, bias: Tensor | None = None) -> tuple:
     """The arguments of `packed_expert_linear`."""
-    planes, table, scale, zero_point, *pool = packed.buffers("w").values()
-    return (x, ids, planes, table, scale, zero_point, bias, *pool, packed.group_size)
+    return (x, ids, list(packed.tensors), bias, packed.group_size)

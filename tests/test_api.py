@@ -46,7 +46,7 @@ def test_it_returns_the_same_object_rewritten(compiled: Any) -> None:
     for path, graph in model.moe_graphs.items():
         assert isinstance(graph, torch.fx.GraphModule)
         assert model.get_submodule(path) is graph
-        assert "packed_expert_linear" in graph.experts.code
+        assert "packed_experts" in graph.experts.code
     assert not model.training
 
 
@@ -165,7 +165,7 @@ def test_other_forms_of_experts_go_all_the_way(name: str) -> None:
         assert not torch.equal(model(input_ids=ids[:2], use_cache=False).logits, before)
         model.runtime.revert()
         assert torch.equal(model(input_ids=ids[:2], use_cache=False).logits, before)
-    assert all("packed_expert_linear" in readable(graph) for graph in model.moe_graphs.values())
+    assert all("packed_expert" in readable(graph) for graph in model.moe_graphs.values())
     moe_compiler.explain(model, console=Console(file=io.StringIO()))
 
 

@@ -56,5 +56,5 @@ def test_the_demo_measures_what_it_prints() -> None:
     for domain in result.seen:
         assert result.rows[3].perplexity[domain] == result.rows[4].perplexity[domain]
     assert "0 recompilations over 3 adaptations" in text
-    assert "ops.packed_expert_linear(" in text
+    assert "ops.packed_experts(" in text
     assert json.dumps(result.rows[0].perplexity)

@@ -9,7 +9,6 @@ from tiny import datasets, olmoe, qwen2_moe
 
 from moe_compiler import dynamo_compile, explain
 from moe_compiler.inspection import readable
-from moe_compiler.kernels.linear import PackedLinear
 from moe_compiler.passes.lower import LoweredExperts
 
 
@@ -33,7 +32,7 @@ def test_every_layer_shows_its_graphs_before_and_after(model: Any) -> None:
     assert captured < observed < lowered
     assert "experts_observer" not in text[captured:observed]
     assert "ops.observe_experts_(" in text[observed:lowered]
-    assert "ops.packed_expert_linear(" in text[lowered:]
+    assert "ops.packed_experts(" in text[lowered:]
     assert "ops.expert_linear(" not in text[lowered:]
 
 
@@ -51,17 +50,18 @@ def test_every_linear_of_a_block_is_covered(model: Any) -> None:
     entries = {entry.path: entry for entry in model.moe_report.coverage}
     for path, graph in model.moe_graphs.items():
         for name, module in graph.named_modules():
-            if isinstance(module, PackedLinear):
-                assert entries[f"{path}.{name}"].kind == "shared experts"
             if isinstance(module, LoweredExperts):
                 assert entries[f"{path}.{name}.down_proj"].lowered
         assert not entries[f"{path}.gate"].lowered
         assert entries[f"{path}.gate"].reason == "not an expert"
         assert entries[f"{path}.shared_expert_gate"].kind == "other"
-        assert entries[f"{path}.shared_expert.up_proj"].code_bits == 8
+        for name in ("gate_up_proj", "down_proj"):
+            assert entries[f"{path}.shared_expert.{name}"].kind == "shared experts"
+            assert entries[f"{path}.shared_expert.{name}"].code_bits == 8
     text = printed(model, graphs=False)
     assert "model.layers.*.mlp.experts.gate_up_proj" in text
     assert "left alone: not an expert" in text
+    assert "down_proj of the shared experts: run as 1 more that every token takes, INT8" in text
     assert f"{model.moe_report.effective_bits:.3f} effective bits per weight" in text
 
 

@@ -7,12 +7,14 @@ from hypothesis import strategies as st
 from packed import op_arguments, random_packed
 
 from moe_compiler.kernels import ops
+from moe_compiler.kernels.activation import ACTIVATIONS
 from moe_compiler.kernels.buffers import FixedDtypeBuffers
 from moe_compiler.kernels.linear import PackedLinear
 from moe_compiler.kernels.reference import (
     expert_linear_reference,
     observe_experts_reference,
     packed_expert_linear_reference,
+    packed_experts_reference,
 )
 
 WIDTH = st.sampled_from([2, 4, 6, 8])
@@ -50,6 +52,47 @@ def test_packed_linear_equals_its_oracle(bits, shape, tokens, top_k, per_row, da
     bias = torch.randn(len(bits), shape[0]) if data.draw(st.booleans()) else None
     arguments = op_arguments(packed, x, ids, bias)
     assert_close(ops.packed_expert_linear(*arguments), packed_expert_linear_reference(*arguments))
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    bits=st.lists(WIDTH, min_size=1, max_size=4),
+    hidden=st.integers(1, 150),
+    intermediate=st.integers(1, 40),
+    tokens=st.integers(0, 6),
+    top_k=st.integers(1, 3),
+    activation=st.sampled_from([*ACTIVATIONS]),
+    with_bias=st.booleans(),
+    data=st.data(),
+)
+def test_packed_experts_equal_their_oracle(  # type: ignore[no-untyped-def]
+    bits, hidden, intermediate, tokens, top_k, activation, with_bias, data
+) -> None:
+    seed = data.draw(st.integers(0, 9))
+    gate_up = random_packed(bits, 2 * intermediate, hidden, slots=min(4, hidden), seed=seed)
+    down = random_packed(bits[::-1], hidden, intermediate, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    index = torch.randint(0, len(bits) + 1, (tokens, top_k), generator=generator)
+    biases = [torch.randn(len(bits), n, generator=generator) for n in (2 * intermediate, hidden)]
+    arguments = (
+        torch.randn(tokens, hidden, generator=generator),
+        index,
+        torch.rand(tokens, top_k, generator=generator),
+        list(gate_up.tensors),
+        biases[0] if with_bias else None,
+        list(down.tensors),
+        biases[1] if with_bias else None,
+        activation,
+        32,
+    )
+    assert_close(ops.packed_experts(*arguments), packed_experts_reference(*arguments))
+
+
+def test_an_unknown_activation_is_refused() -> None:
+    packed = list(random_packed([4], 8, 8).tensors)
+    ones = torch.ones(1, 8), torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1)
+    with pytest.raises(ValueError, match=r"`activation` must be one of silu, gelu, gelu_tanh, relu, but is 'mish'"):
+        ops.packed_experts(*ones, packed, None, packed, None, "mish", 32)
 
 
 @pytest.mark.parametrize("ids", ROUTINGS.values(), ids=ROUTINGS.keys())
@@ -113,6 +156,10 @@ def test_operators_pass_opcheck() -> None:
     x, gate = torch.randn(2, 128), torch.rand(4)
     packed = random_packed([2, 8], 16, 128, slots=3)
     torch.library.opcheck(ops.packed_expert_linear, op_arguments(packed, x, ids))
+    down = random_packed([4, 2, 8], packed.in_features, packed.out_features // 2)
+    routing = torch.tensor([[0, 1], [2, 1]]), torch.rand(2, 2)
+    tensors = list(packed.tensors), None, list(down.tensors), None
+    torch.library.opcheck(ops.packed_experts, (torch.randn(2, packed.in_features), *routing, *tensors, "silu", 32))
     torch.library.opcheck(ops.expert_linear, (x, ids, torch.randn(2, 16, 128), None, False))
     sums = [torch.zeros(2, 128, dtype=torch.float64) for _ in range(2)]
     torch.library.opcheck(ops.observe_experts_, (x, ids, gate, torch.ones(1), *sums, torch.zeros(2, 128, 128)))

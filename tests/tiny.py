@@ -28,23 +28,23 @@ def olmoe(**changes: Any) -> OlmoeForCausalLM:
     return _random(OlmoeForCausalLM(OlmoeConfig(**(options | changes))))
 
 
-def qwen2_moe(layers: int = 2) -> Qwen2MoeForCausalLM:
+def qwen2_moe(layers: int = 2, **changes: Any) -> Qwen2MoeForCausalLM:
     """Qwen1.5-MoE's form: a shared expert behind a scalar gate beside 6 routed experts."""
-    config = Qwen2MoeConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=128,
-        intermediate_size=64,
-        moe_intermediate_size=128,
-        shared_expert_intermediate_size=128,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_experts=6,
-        num_experts_per_tok=2,
-        max_position_embeddings=128,
-    )
+    options: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 128,
+        "intermediate_size": 64,
+        "moe_intermediate_size": 128,
+        "shared_expert_intermediate_size": 128,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "max_position_embeddings": 128,
+    }
     torch.manual_seed(0)
-    return _random(Qwen2MoeForCausalLM(config))
+    return _random(Qwen2MoeForCausalLM(Qwen2MoeConfig(**(options | changes))))
 
 
 def _random(model: Any) -> Any:
