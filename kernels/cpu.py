@@ -78,7 +78,11 @@ def dequantize(packed: PackedTensors, expert: int, in_features: int, group_size:
     first, last = packed.pool_offset[expert : expert + 2].tolist()
     if last > first:
         delta = packed.pool_value[first:last].float() * packed.pool_scale[first:last].float()[:, None]
-        weight.index_add_(1, packed.pool_index[first:last], delta.t())
+        index = packed.pool_index[first:last].long()
+        channel = index < in_features
+        weight.index_add_(1, index[channel], delta[channel].t())
+        directions = packed.pool_direction[index[~channel] - in_features]
+        weight.addmm_(delta[~channel].t(), directions.float())
     return weight
 
 

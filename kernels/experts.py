@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ SUFFIXES: Mapping[str, str] = {
     "pool_index": "_pool_index",
     "pool_value": "_pool_value",
     "pool_scale": "_pool_scale",
+    "pool_direction": "_pool_direction",
 }
 """Field of `PackedExpertLinear` to the ending of its buffer's name. The planes keep the weight's own name, so that a
 loader that does not know the format fails on their shape instead of passing over them."""
@@ -51,8 +52,10 @@ class PackedExpertLinear:
     group_size: int
 
     @classmethod
-    def from_quantized(cls, quantized: QuantizedWeight, pool_capacity: int = 0) -> PackedExpertLinear:
-        """Packs quantized experts and adds a pool of `pool_capacity` idle slots.
+    def from_quantized(
+        cls, quantized: QuantizedWeight, pool_capacity: int = 0, pool_directions: int = 0
+    ) -> PackedExpertLinear:
+        """Packs quantized experts and adds a pool of `pool_capacity` idle slots, `pool_directions` of them low-rank.
 
         Raises:
             ValueError: an expert's width is not 2, 4, 6 or 8.
@@ -66,7 +69,7 @@ class PackedExpertLinear:
             table=table,
             scale=quantized.scale.to(torch.float16),
             zero_point=(quantized.zero_point * unit).round().to(torch.uint8),
-            pool=ChannelPool.empty(experts, pool_capacity, rows, device),
+            pool=ChannelPool.empty(experts, pool_capacity, rows, columns, pool_directions, device),
             in_features=columns,
             group_size=quantized.group_size,
         )
@@ -75,7 +78,7 @@ class PackedExpertLinear:
     def from_module(cls, module: nn.Module, name: str, in_features: int, group_size: int) -> PackedExpertLinear:
         """The buffers of linear `name` of a lowered experts module, by reference."""
         tensors = {field: module.get_buffer(name + suffix) for field, suffix in SUFFIXES.items()}
-        pool = ChannelPool(**{f: tensors.pop(f"pool_{f}") for f in ("offset", "index", "value", "scale")})
+        pool = ChannelPool(**{field.name: tensors.pop(f"pool_{field.name}") for field in fields(ChannelPool)})
         return cls(**tensors, pool=pool, in_features=in_features, group_size=group_size)
 
     def routed(self, num_experts: int) -> PackedExpertLinear:
@@ -97,7 +100,7 @@ class PackedExpertLinear:
         start = int(self.table[num_experts, 1])
         table = self.table[num_experts:].clone()
         table[:, 1] -= start
-        pool = ChannelPool.empty(table.shape[0], 0, self.out_features, table.device)
+        pool = ChannelPool.empty(table.shape[0], 0, self.out_features, self.in_features, device=table.device)
         return replace(
             self,
             planes=self.planes[start * ALIGNMENT :],
@@ -110,10 +113,7 @@ class PackedExpertLinear:
     @property
     def tensors(self) -> PackedTensors:
         """The buffers in the operators' order."""
-        pool = self.pool
-        return PackedTensors(
-            self.planes, self.table, self.scale, self.zero_point, pool.offset, pool.index, pool.value, pool.scale
-        )
+        return PackedTensors(self.planes, self.table, self.scale, self.zero_point, *self.pool.tensors().values())
 
     def buffers(self, name: str) -> dict[str, Tensor]:
         """The tensors, in the operators' order, by the names they have in a module whose linear is called `name`."""
@@ -165,10 +165,12 @@ class PackedExpertLinear:
     def dequantize(self, with_pool: bool = True) -> Tensor:
         """The weight that the operator multiplies with, `(E, N, K)` float32."""
         weight = torch.stack([self.dequantize_expert(expert) for expert in range(self.num_experts)])
-        return weight + self.pool.dense(self.in_features) if with_pool else weight
+        return weight + self.pool.dense() if with_pool else weight
 
 
-def overhead_bits(num_experts: int, out_features: int, in_features: int, group_size: int, pool_capacity: int) -> float:
+def overhead_bits(
+    num_experts: int, out_features: int, in_features: int, group_size: int, pool_capacity: int, pool_directions: int = 0
+) -> float:
     """Bits per weight beside the codes: what `effective_bits` will exceed `code_bits` by, whatever the widths.
 
     Padding of the codes to whole tiles is left out, since it grows with the width; it is zero where `in_features` is
@@ -178,5 +180,5 @@ def overhead_bits(num_experts: int, out_features: int, in_features: int, group_s
     weights = num_experts * out_features * in_features
     groups = num_experts * out_features * -(-in_features // group_size)
     table = num_experts * 64
-    pool = (num_experts + 1) * 32 + pool_capacity * (32 + 8 * out_features + 32)
+    pool = (num_experts + 1) * 32 + pool_capacity * (32 + 8 * out_features + 32) + pool_directions * 8 * in_features
     return (groups * 24 + table + pool) / weights

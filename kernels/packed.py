@@ -18,9 +18,10 @@ class PackedTensors(NamedTuple):
         scale: `(E, N, groups)` float16.
         zero_point: `(E, N, groups)` uint8, in units of `2**(bits - 8)`.
         pool_offset: `(E + 1,)` int32; slots `pool_offset[e]` up to `pool_offset[e + 1]` belong to expert `e`.
-        pool_index: `(C,)` int32, the input channel of each slot.
+        pool_index: `(C,)` int32, the input channel of each slot, or `K` plus the number of its direction.
         pool_value: `(C, N)` int8, the slot's column in units of its scale.
         pool_scale: `(C,)` float32.
+        pool_direction: `(D, K)` int8; slot `s` of a direction `d` adds `scale[s] · value[s] · (direction[d] · x)`.
     """
 
     planes: Tensor
@@ -31,6 +32,7 @@ class PackedTensors(NamedTuple):
     pool_index: Tensor
     pool_value: Tensor
     pool_scale: Tensor
+    pool_direction: Tensor
 
     @property
     def num_experts(self) -> int:

@@ -97,7 +97,11 @@ def dequantize_reference(packed: PackedTensors, in_features: int, group_size: in
     for expert in range(packed.num_experts):
         for slot in range(int(packed.pool_offset[expert]), int(packed.pool_offset[expert + 1])):
             column = packed.pool_value[slot].double() * packed.pool_scale[slot].double()
-            weight[expert, :, int(packed.pool_index[slot])] += column
+            index = int(packed.pool_index[slot])
+            if index < in_features:
+                weight[expert, :, index] += column
+            else:
+                weight[expert] += torch.outer(column, packed.pool_direction[index - in_features].double())
     return weight
 
 

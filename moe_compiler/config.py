@@ -11,7 +11,7 @@ from moe_compiler.kernels.affine import WIDTHS
 from moe_compiler.passes.quantize import QUANTIZERS
 from moe_compiler.passes.rtn import GROUP_SIZES
 from moe_compiler.passes.strategies import STRATEGIES
-from moe_compiler.runtime.runtime import RULES
+from moe_compiler.runtime.adaptation import RULES
 
 MASTERS = ("cache", "memory")
 

@@ -11,7 +11,7 @@ from moe_compiler.config import CompileConfig
 from moe_compiler.kernels.experts import PackedExpertLinear
 from moe_compiler.kernels.linear import PackedLinear
 from moe_compiler.passes.plan import PrecisionPlan
-from moe_compiler.runtime.runtime import RuntimeLayer
+from moe_compiler.runtime.adaptation import RuntimeLayer
 
 
 @dataclass(frozen=True)

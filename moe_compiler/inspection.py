@@ -14,7 +14,7 @@ from rich.text import Text
 from torch.fx import GraphModule
 
 from moe_compiler.coverage import CompileReport, CoverageEntry
-from moe_compiler.runtime.runtime import RuntimeLayer
+from moe_compiler.runtime.adaptation import RuntimeLayer
 
 
 def explain(

@@ -26,7 +26,7 @@ from moe_compiler.runtime.channels import (
     hold,
     worst_channels,
 )
-from moe_compiler.runtime.runtime import RuntimeLayer
+from moe_compiler.runtime.adaptation import RuntimeLayer
 
 
 @dataclass(frozen=True)

@@ -219,4 +219,4 @@ def expected_error(master: LinearMaster, packed: PackedExpertLinear, pool: Chann
 
 
 def _contents(packed: PackedExpertLinear, experts: Tensor, channels: Tensor, delta: Tensor) -> ChannelPool:
-    return ChannelPool.from_columns(experts, channels, delta, packed.num_experts, packed.pool.capacity)
+    return ChannelPool.from_columns(experts, channels, delta, packed.pool)

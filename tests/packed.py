@@ -16,10 +16,13 @@ def random_packed(
     in_features: int,
     *,
     slots: int = 0,
+    directions: int = 0,
     group_size: int = 32,
     seed: int = 0,
 ) -> PackedExpertLinear:
-    """Experts with random codes, scales and zero points, and a pool in which `slots` random slots are used."""
+    """Experts with random codes, scales and zero points, and a pool in which `slots` random slots are used, or as many
+    low-rank ones as `directions` says.
+    """
     generator = torch.Generator().manual_seed(seed)
     experts, groups = len(bits), -(-in_features // group_size)
     shape = (experts, out_features, groups)
@@ -34,13 +37,17 @@ def random_packed(
         bits=tuple(bits),
         group_size=group_size,
     )
-    packed = PackedExpertLinear.from_quantized(quantized, pool_capacity=slots + 2)
+    packed = PackedExpertLinear.from_quantized(
+        quantized, pool_capacity=max(slots, directions) + 2, pool_directions=directions
+    )
     if slots:
         places = torch.randperm(experts * in_features, generator=generator)[:slots]
         columns = torch.randn(slots, out_features, generator=generator)
-        packed.pool.copy_(
-            ChannelPool.from_columns(places // in_features, places % in_features, columns, experts, slots + 2)
-        )
+        packed.pool.copy_(ChannelPool.from_columns(places // in_features, places % in_features, columns, packed.pool))
+    if directions:
+        of = torch.randint(0, experts, (directions,), generator=generator)
+        u, v = (torch.randn(directions, size, generator=generator) for size in (in_features, out_features))
+        packed.pool.copy_(ChannelPool.from_directions(of, u / in_features**0.5, v, packed.pool))
     return packed
 
 

@@ -30,7 +30,7 @@ def packed_linears(block: MoEBlock) -> dict[str, PackedExpertLinear]:
         linear = PackedExpertLinear.from_quantized(quantize_experts("rtn", weight, None, bits, 32), 4)
         columns = torch.randn(3, weight.shape[1]) * float(weight.std())
         linear.pool.copy_(
-            ChannelPool.from_columns(torch.tensor([0, 1, experts - 1]), torch.tensor([2, 0, 1]), columns, experts, 4)
+            ChannelPool.from_columns(torch.tensor([0, 1, experts - 1]), torch.tensor([2, 0, 1]), columns, linear.pool)
         )
         packed[projection.name] = linear
     return packed

@@ -45,7 +45,8 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float 
 )
 def test_packed_linear_equals_its_oracle(bits, shape, tokens, top_k, per_row, data) -> None:  # type: ignore[no-untyped-def]
     slots = data.draw(st.integers(0, min(8, len(bits) * shape[1])))
-    packed = random_packed(bits, *shape, slots=slots, seed=data.draw(st.integers(0, 9)))
+    directions = data.draw(st.sampled_from([0, 0, 3]))
+    packed = random_packed(bits, *shape, slots=slots, directions=directions, seed=data.draw(st.integers(0, 9)))
     rows = tokens * top_k
     ids = torch.tensor(data.draw(st.lists(st.integers(0, len(bits)), min_size=rows, max_size=rows)), dtype=torch.int64)
     x = torch.randn(rows if per_row else tokens, shape[1])

@@ -13,7 +13,7 @@ from moe_compiler.api import dynamo_compile
 from moe_compiler.kernels.experts import PackedExpertLinear
 from moe_compiler.passes.quantize import quantize_experts
 from moe_compiler.progress import RichProgress
-from moe_compiler.runtime import runtime as runtime_module
+from moe_compiler.runtime import adaptation as runtime_module
 from moe_compiler.runtime.channels import (
     LinearMaster,
     assigned_channels,
