@@ -1,14 +1,20 @@
-"""The operators in PyTorch calls: one matrix product per expert that was hit. CUDA has them too, but never ran them."""
+"""The operators in PyTorch calls: one matrix product per expert that was hit.
+
+On the CPU, packed experts of real size take the compiled kernels of `moe_compiler.kernels.cpu_packed` instead.
+"""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe_compiler.kernels import cpu_packed
 from moe_compiler.kernels.activation import gated
+from moe_compiler.kernels.cpu_compile import CompilerUnavailableError
 from moe_compiler.kernels.packed import PackedTensors
 from moe_compiler.kernels.reference import dequantize_expert, rows_per_input
 
@@ -41,6 +47,9 @@ def packed_expert_linear(
 ) -> Tensor:
     """Expert linear over packed weights; arguments as in `moe_compiler.kernels.ops`."""
     packed = PackedTensors(*weight)
+    if cpu_packed.has_kernels(x, packed, group_size):
+        with contextlib.suppress(CompilerUnavailableError):
+            return cpu_packed.packed_expert_linear(x, expert_ids, packed, bias, group_size)
     repeat = rows_per_input(x, expert_ids)
     out = x.new_zeros(expert_ids.shape[0], packed.out_features)
     for expert, rows in rows_by_expert(expert_ids, packed.num_experts):
@@ -62,6 +71,12 @@ def packed_experts(
     group_size: int,
 ) -> Tensor:
     """All experts of a layer over packed weights; arguments as in `moe_compiler.kernels.ops`."""
+    first, second = PackedTensors(*gate_up), PackedTensors(*down)
+    if cpu_packed.has_kernels(x, first, group_size):
+        with contextlib.suppress(CompilerUnavailableError):
+            return cpu_packed.packed_experts(
+                x, top_k_index, top_k_weights, first, gate_up_bias, second, down_bias, activation, group_size
+            )
     expert_ids = top_k_index.reshape(-1)
     hidden = gated(packed_expert_linear(x, expert_ids, gate_up, gate_up_bias, group_size), activation)
     rows = packed_expert_linear(hidden, expert_ids, down, down_bias, group_size)

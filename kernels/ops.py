@@ -28,15 +28,32 @@ each give `R = T·k` rows in token order. An id of `E` or more marks a pair that
     Adds the number of tokens and the sum of their weights to `tokens[0]` and `tokens[1]` and writes `top_k` to
     `tokens[2]` (float64); adds the routed tokens, their weights and their routing weights to `count` `(E,)` int64,
     `token_mass` and `gate_mass` `(E,)` float64.
+
+`record_routing_(histogram, expert_ids, decay) -> ()`
+    Adds the tokens whose experts are `expert_ids` `(T, k)` to the decayed histogram `(E + 1,)` float32, whose last
+    entry counts ids of `E` or more; see `moe_compiler.kernels.histogram`. `decay` is per token.
+
+`begin_forward(top_k_index, lock) -> (T, k)` and `end_forward_(marker, after, lock) -> ()`
+    Between them this thread's forward pass holds the lock of that number (see `moe_compiler.kernels.forward_lock`):
+    nobody changes the pools. `begin_forward` returns a copy, which the first packed operator reads; `after` is the
+    result of the last one, `marker` any tensor. They act on the host, so a CUDA graph must not take them in.
 """
 
 from __future__ import annotations
 
+import importlib
+import logging
+from functools import cache
+from types import ModuleType
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from moe_compiler.kernels import cpu
+from moe_compiler.kernels import cpu, forward_lock, histogram
 from moe_compiler.kernels.packed import PackedTensors
+
+logger = logging.getLogger(__name__)
 
 NAMESPACE = "moe_compiler"
 
@@ -57,12 +74,45 @@ _LIBRARY.define(
     "observe_routing_(Tensor expert_ids, Tensor gate, Tensor token_weight, int top_k, Tensor(a!) tokens, "
     "Tensor(b!) count, Tensor(c!) token_mass, Tensor(d!) gate_mass) -> ()"
 )
+_LIBRARY.define("record_routing_(Tensor(a!) histogram, Tensor expert_ids, float decay) -> ()")
+_ON_HOST = (torch.Tag.cudagraph_unsafe,)
+_LIBRARY.define("begin_forward(Tensor top_k_index, int lock) -> Tensor", tags=_ON_HOST)
+_LIBRARY.define("end_forward_(Tensor(a!) marker, Tensor after, int lock) -> ()", tags=_ON_HOST)
+
+
+@cache
+def _cuda_kernels() -> ModuleType:
+    """The module of the Triton kernels, imported when a GPU first needs it: Triton takes long, and may be missing."""
+    try:
+        return importlib.import_module("moe_compiler.kernels.cuda")
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        logger.warning("Triton is not installed: packed experts run on the GPU as plain PyTorch, which is slow")
+        return cpu
+
+
+def _packed_expert_linear_cuda(*args: Any) -> Tensor:
+    out: Tensor = _cuda_kernels().packed_expert_linear(*args)
+    return out
+
+
+def _packed_experts_cuda(*args: Any) -> Tensor:
+    out: Tensor = _cuda_kernels().packed_experts(*args)
+    return out
+
+
+_LIBRARY.impl("packed_expert_linear", cpu.packed_expert_linear, "CPU")
+_LIBRARY.impl("packed_expert_linear", _packed_expert_linear_cuda, "CUDA")
+_LIBRARY.impl("packed_experts", cpu.packed_experts, "CPU")
+_LIBRARY.impl("packed_experts", _packed_experts_cuda, "CUDA")
 for _device in ("CPU", "CUDA"):
     _LIBRARY.impl("expert_linear", cpu.expert_linear, _device)
-    _LIBRARY.impl("packed_expert_linear", cpu.packed_expert_linear, _device)
-    _LIBRARY.impl("packed_experts", cpu.packed_experts, _device)
     _LIBRARY.impl("observe_experts_", cpu.observe_experts_, _device)
     _LIBRARY.impl("observe_routing_", cpu.observe_routing_, _device)
+    _LIBRARY.impl("record_routing_", histogram.record_routing_, _device)
+    _LIBRARY.impl("begin_forward", forward_lock.begin_forward, _device)
+    _LIBRARY.impl("end_forward_", forward_lock.end_forward_, _device)
 
 
 def _check_device(x: Tensor, weight: Tensor) -> None:
@@ -126,14 +176,32 @@ def _observe_routing_fake(
     _check_device(expert_ids, count)
 
 
+def _record_routing_fake(histogram: Tensor, expert_ids: Tensor, decay: float) -> None:
+    _check_device(expert_ids, histogram)
+
+
+def _begin_forward_fake(top_k_index: Tensor, lock: int) -> Tensor:
+    return torch.empty_like(top_k_index)
+
+
+def _end_forward_fake(marker: Tensor, after: Tensor, lock: int) -> None:
+    return None
+
+
 torch.library.register_fake(f"{NAMESPACE}::expert_linear", _expert_linear_fake, lib=_LIBRARY)
 torch.library.register_fake(f"{NAMESPACE}::packed_expert_linear", _packed_expert_linear_fake, lib=_LIBRARY)
 torch.library.register_fake(f"{NAMESPACE}::packed_experts", _packed_experts_fake, lib=_LIBRARY)
 torch.library.register_fake(f"{NAMESPACE}::observe_experts_", _observe_experts_fake, lib=_LIBRARY)
 torch.library.register_fake(f"{NAMESPACE}::observe_routing_", _observe_routing_fake, lib=_LIBRARY)
+torch.library.register_fake(f"{NAMESPACE}::record_routing_", _record_routing_fake, lib=_LIBRARY)
+torch.library.register_fake(f"{NAMESPACE}::begin_forward", _begin_forward_fake, lib=_LIBRARY)
+torch.library.register_fake(f"{NAMESPACE}::end_forward_", _end_forward_fake, lib=_LIBRARY)
 
 expert_linear = torch.ops.moe_compiler.expert_linear.default
 packed_expert_linear = torch.ops.moe_compiler.packed_expert_linear.default
 packed_experts = torch.ops.moe_compiler.packed_experts.default
 observe_experts_ = torch.ops.moe_compiler.observe_experts_.default
 observe_routing_ = torch.ops.moe_compiler.observe_routing_.default
+record_routing_ = torch.ops.moe_compiler.record_routing_.default
+begin_forward = torch.ops.moe_compiler.begin_forward.default
+end_forward_ = torch.ops.moe_compiler.end_forward_.default

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,7 +84,8 @@ class _Codes:
 
     def _map(self, function: Callable[..., Tensor], *others: _Codes) -> _Codes:
         fields = ("codes", "scale", "zero_point")
-        return replace(self, **{f: function(getattr(self, f), *(getattr(o, f) for o in others)) for f in fields})
+        mapped: dict[str, Any] = {f: function(getattr(self, f), *(getattr(o, f) for o in others)) for f in fields}
+        return replace(self, **mapped)
 
     def packed(self) -> PackedExpertLinear:
         bits = (self.bits,) * self.codes.shape[0]

@@ -18,7 +18,7 @@ from moe_compiler.data import load_calibration, load_samples
 from moe_compiler.hessians import HessianWindows
 from moe_compiler.inspection import readable
 from moe_compiler.kernels.affine import WIDTHS
-from moe_compiler.layer import CompiledLayer, compile_layer, layer_evidence, measure_errors
+from moe_compiler.layer import CompiledLayer, check_master, compile_layer, layer_evidence, measure_errors
 from moe_compiler.passes.assign import assign
 from moe_compiler.passes.base import NoProgress, Progress
 from moe_compiler.passes.calibrate import Dataset, observe_datasets
@@ -84,6 +84,7 @@ def dynamo_compile(
         example = next(iter(datasets.values()))[0][None, :8].to(next(model.parameters()).device)
         blocks = capture_moe_blocks(model, example)
         check_blocks(model, blocks)
+        check_master(model, blocks, config)
         statistics = observe_datasets(
             model,
             blocks,

@@ -11,9 +11,11 @@ from moe_compiler.kernels.affine import WIDTHS
 from moe_compiler.passes.quantize import QUANTIZERS
 from moe_compiler.passes.rtn import GROUP_SIZES
 from moe_compiler.passes.strategies import STRATEGIES
-from moe_compiler.runtime.adaptation import RULES
+from moe_compiler.runtime.rules import RULES
 
-MASTERS = ("cache", "memory")
+MASTERS = ("auto", "checkpoint", "memory", "cache")
+POOLS: Mapping[str, str] = {"lowrank": "lowrank", "channels": "restore"}
+"""The kinds of pool, and the rule that `adapt` uses for each if it is not told."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +37,18 @@ class CompileConfig:
         group_size: input channels that share a scale and a zero point: 32, 64 or 128.
         quantizer: `"gptq"`, `"rtn"` or `"hqq"`.
         shared_bits: width of the linears of shared experts.
-        pool_fraction: capacity of the channel pool, as a share of all input channels of a linear's experts. The INT8
-            channels that the strategy `"moqa"` plans are held as far as the pool has room.
-        rule: how `adapt` fills the pool if it is not told: `"restore"` or `"cluster"`.
-        master: where `adapt` takes original columns from: `"cache"` keeps `cache_fraction` of them in host memory,
-            `"memory"` all of them.
-        cache_fraction: share of the input channels whose original columns the cache keeps.
+        pool: what the slots of the pools can hold: with `"lowrank"` corrections of rank one, single channels among
+            them, with `"channels"` single channels only. A slot of the first kind takes `8·N + 8·K + 64` bits, of the
+            second `8·N + 64`; a pool takes the same bits either way, so that it has fewer slots of the first.
+        pool_fraction: capacity of the pool: the bits of so many channel slots, as a share of all input channels of a
+            linear's experts. The INT8 channels that the strategy `"moqa"` plans are held as far as the pool has room.
+        rule: how `adapt` fills the pool if it is not told: `"lowrank"`, `"compensate"`, `"restore"` or `"cluster"`;
+            `"auto"` becomes `"lowrank"` for the pool of that name, `"restore"` for the other.
+        master: where `adapt` takes original weights from. `"checkpoint"` reads them from the safetensors files that the
+            model was loaded from, one expert at a time; `"memory"` keeps all of them in host memory; `"auto"` is the
+            first where the files have the model's weights, the second elsewhere; `"cache"` keeps `cache_fraction` of
+            the columns in host memory, which does for the rules `"restore"` and `"cluster"` and the pool `"channels"`.
+        cache_fraction: share of the input channels whose original columns the master `"cache"` keeps.
         sequence_length: tokens per sample that text is cut into.
         tokens_per_batch: upper bound of the tokens in one forward pass of calibration.
         hessian_memory_bytes: upper bound of the memory for Hessians, which are held twice while they are collected;
@@ -58,9 +66,10 @@ class CompileConfig:
     group_size: int = 128
     quantizer: str = "gptq"
     shared_bits: int = 8
+    pool: str = "lowrank"
     pool_fraction: float = 0.01
-    rule: str = "restore"
-    master: str = "cache"
+    rule: str = "auto"
+    master: str = "auto"
     cache_fraction: float = 0.1
     sequence_length: int = 512
     tokens_per_batch: int = 4096
@@ -73,7 +82,8 @@ class CompileConfig:
         for name, allowed in (
             ("strategy", STRATEGIES),
             ("quantizer", QUANTIZERS),
-            ("rule", RULES),
+            ("pool", tuple(POOLS)),
+            ("rule", ("auto", *RULES)),
             ("master", MASTERS),
             ("group_size", GROUP_SIZES),
             ("uniform_bits", (None, *WIDTHS)),
@@ -93,6 +103,17 @@ class CompileConfig:
             raise ValueError(
                 f"`cache_fraction` must be at least `pool_fraction`, but {self.cache_fraction} < {self.pool_fraction}"
             )
+        if self.master == "cache" and self.pool == "lowrank":
+            raise ValueError(
+                "`master` must not be 'cache' where `pool` is 'lowrank', since low-rank corrections need whole "
+                "weights: choose `pool` 'channels' or another master"
+            )
+        if self.rule == "auto":
+            object.__setattr__(self, "rule", POOLS[self.pool])
+        if self.rule == "lowrank" and self.pool != "lowrank":
+            raise ValueError(f"`rule` must not be 'lowrank' where `pool` is {self.pool!r}: it has no directions")
+        if self.rule in ("compensate", "lowrank") and self.master == "cache":
+            raise ValueError(f"`rule` must not be {self.rule!r} where `master` is 'cache': it needs whole weights")
         if self.insurance < 0:
             raise ValueError(f"`insurance` must not be negative, but is {self.insurance}")
         for name, least in (("sequence_length", 2), ("tokens_per_batch", 2), ("hessian_memory_bytes", 1)):
@@ -115,6 +136,8 @@ class CompileConfig:
         for name in overrides:
             if name not in known:
                 raise TypeError(f"`{name}` is not an option of CompileConfig; the options are {', '.join(known)}")
+        if "pool" in overrides and self.rule == POOLS[self.pool]:
+            overrides.setdefault("rule", "auto")
         return replace(self, **overrides)
 
     def to_dict(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,18 +16,17 @@ from moe_compiler.kernels.experts import PackedExpertLinear, overhead_bits
 from moe_compiler.kernels.planes import TILE
 from moe_compiler.passes.capture import MoEBlock, Projection, expert_weight
 from moe_compiler.passes.lower import lower_block
+from moe_compiler.passes.moments import HessianMoments
 from moe_compiler.passes.plan import LayerPlan
 from moe_compiler.passes.quantize import blend_hessians, output_error, quantize_experts
 from moe_compiler.passes.statistics import BlockStatistics, LayerEvidence
-from moe_compiler.runtime.channels import (
-    LinearMaster,
-    assigned_channels,
-    build_master,
-    channel_error,
-    hold,
-    worst_channels,
-)
 from moe_compiler.runtime.adaptation import RuntimeLayer
+from moe_compiler.runtime.checkpoint import Checkpoint
+from moe_compiler.runtime.lowrank import lowrank
+from moe_compiler.runtime.master import CacheMaster, CheckpointMaster, LinearMaster, MemoryMaster, channel_error
+from moe_compiler.runtime.rules import assigned_channels, hold, worst_channels
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,28 @@ class CompiledLayer:
     blended: Mapping[str, tuple[int, ...]]
 
 
-def pool_capacity(projection: Projection, num_experts: int, fraction: float) -> int:
-    """Slots of the channel pool of one linear."""
-    return round(fraction * num_experts * projection.in_features)
+def pool_size(projection: Projection, num_experts: int, config: CompileConfig) -> tuple[int, int]:
+    """Slots and directions of the pool of one linear; slots with directions are as many as take the same bits."""
+    slots = round(config.pool_fraction * num_experts * projection.in_features)
+    if config.pool == "channels":
+        return slots, 0
+    channel_bits = 8 * projection.out_features + 64
+    slots = slots * channel_bits // (channel_bits + 8 * projection.in_features)
+    return slots, slots
+
+
+def check_master(model: nn.Module, blocks: Mapping[str, MoEBlock], config: CompileConfig) -> None:
+    """Checks that the master `"checkpoint"` finds the weights of every block, while nothing has been changed yet.
+
+    Raises:
+        ValueError: a linear's weights are in no file of the model: names the folder and the linear.
+    """
+    if config.master != "checkpoint":
+        return
+    checkpoint = Checkpoint.of(model)
+    for block in blocks.values():
+        for p in block.spec.projections:
+            checkpoint.find(block.spec.path, p.name, expert_weight(block.experts, block.spec, p.name))
 
 
 def layer_overhead(block: MoEBlock, config: CompileConfig) -> dict[str, float]:
@@ -57,8 +76,7 @@ def layer_overhead(block: MoEBlock, config: CompileConfig) -> dict[str, float]:
     padding = max(-(-p.in_features // TILE) * TILE / p.in_features for p in block.spec.projections)
     result = {}
     for p in block.spec.projections:
-        capacity = pool_capacity(p, experts, config.pool_fraction)
-        bits = overhead_bits(experts, p.out_features, p.in_features, config.group_size, capacity)
+        bits = overhead_bits(experts, p.out_features, p.in_features, config.group_size, *pool_size(p, experts, config))
         if config.target_bits is not None:
             bits = config.target_bits - (config.target_bits - bits) / padding
         result[p.name] = bits
@@ -137,10 +155,14 @@ def compile_layer(
         hessians: needed by the quantizer `"gptq"`.
         statistics: what the block saw, one per dataset.
         config: the choices.
+
+    Raises:
+        ValueError: `config.master` is `"checkpoint"` and no file has the block's weights. The block is unchanged.
     """
     total = statistics[0]
     for one in statistics[1:]:
         total = total + one
+    checkpoint = _checkpoint(model, config)
     packed: dict[str, PackedExpertLinear] = {}
     masters: dict[str, LinearMaster] = {}
     blended: dict[str, tuple[int, ...]] = {}
@@ -153,21 +175,62 @@ def compile_layer(
         quantized: QuantizedWeight = quantize_experts(
             config.quantizer, weight, hessian, plan.bits[p.name], config.group_size
         )
-        capacity = pool_capacity(p, block.spec.num_experts, config.pool_fraction)
-        linear = PackedExpertLinear.from_quantized(quantized, capacity)
-        energy = total.linears[p.name].sq_sum
-        fraction = 1.0 if config.master == "memory" else config.cache_fraction
+        linear = PackedExpertLinear.from_quantized(quantized, *pool_size(p, block.spec.num_experts, config))
         error = channel_error(weight, linear)
-        if plan.channels is None:
-            first = worst_channels(error, energy, capacity)
+        energy = total.linears[p.name].sq_sum
+        planned = plan.channels[p.name] if plan.channels is not None else None
+        if planned is None:
+            first = worst_channels(error, energy, linear.pool.capacity)
         else:
-            first = assigned_channels(energy, plan.channels[p.name], capacity)
-        master = build_master(weight, error, first, fraction)
-        linear.pool.copy_(hold(master, linear, first))
+            first = assigned_channels(energy, planned, linear.pool.capacity)
+        if config.master == "cache":
+            master: LinearMaster = CacheMaster.of(weight, error, first, config.cache_fraction)
+        else:
+            master = _whole_master(weight, error, block, p, checkpoint, config)
+        if planned is None and config.pool == "lowrank" and hessian is not None:
+            contents = lowrank(master, linear, HessianMoments(hessian, total.count.cpu()))
+        else:
+            contents = hold(master, linear, first)
+        linear.pool.copy_(contents)
         packed[p.name], masters[p.name] = linear, master
     lower_block(model, block, packed, quantize_shared(block, config))
     overhead = {name: linear.effective_bits - linear.code_bits for name, linear in packed.items()}
     return CompiledLayer(
-        runtime=RuntimeLayer(block, masters, total.count.cpu(), overhead),
+        runtime=RuntimeLayer(block, masters, total.count.cpu(), overhead, total.top_k),
         blended=blended,
     )
+
+
+def _checkpoint(model: nn.Module, config: CompileConfig) -> Checkpoint | None:
+    """The files that the model came from, where the master may use them."""
+    if config.master not in ("auto", "checkpoint"):
+        return None
+    try:
+        return Checkpoint.of(model)
+    except ValueError as error:
+        _without_files(error, config)
+        return None
+
+
+def _whole_master(
+    weight: Tensor,
+    error: Tensor,
+    block: MoEBlock,
+    projection: Projection,
+    checkpoint: Checkpoint | None,
+    config: CompileConfig,
+) -> LinearMaster:
+    """A master that has every weight: in the files where they are found there, else in memory."""
+    if checkpoint is not None:
+        try:
+            return CheckpointMaster.of(weight, error, checkpoint.find(block.spec.path, projection.name, weight))
+        except ValueError as reason:
+            _without_files(reason, config)
+    return MemoryMaster.of(weight, error)
+
+
+def _without_files(error: ValueError, config: CompileConfig) -> None:
+    """Raises `error` if the files were asked for; otherwise says why they are not used."""
+    if config.master == "checkpoint":
+        raise error
+    logger.info("original weights are kept in host memory: %s", error)

@@ -221,7 +221,7 @@ def _only_user(node: Node) -> _Use:
 
 def _sigmoid_of(product: Node, shared: Node, tokens: Any) -> Node | None:
     """The linear whose sigmoid weights `shared` in `product`, if it reads the same tokens."""
-    others = [arg for arg in product.args if arg is not shared]
+    others: list[Any] = [arg for arg in product.args if arg is not shared]
     if len(others) != 1 or not _is(others[0], torch.sigmoid, nn.functional.sigmoid, "sigmoid"):
         return None
     linear = others[0].args[0]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from moe_compiler.passes.base import NoProgress, Progress
 from moe_compiler.passes.capture import MoEBlock
+from moe_compiler.passes.graph import MoEGraph
 from moe_compiler.passes.observe import observed_block, read_statistics, reset_statistics
 from moe_compiler.passes.shadow import shadow
 from moe_compiler.passes.statistics import BlockStatistics
@@ -41,7 +42,7 @@ class ObservedModel:
     """
 
     model: nn.Module
-    observers: Mapping[str, nn.Module]
+    observers: Mapping[str, MoEGraph]
     blocks: Mapping[str, MoEBlock]
 
     @classmethod

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +16,8 @@ from moe_compiler.passes.lower import LoweredExperts
 from moe_compiler.passes.statistics import BlockStatistics, LinearStatistics
 
 OBSERVER = "experts_observer"
+ACCUMULATORS = "accumulators"
+"""Where the `meta` of an observer lists its accumulators; it may share other buffers with the model."""
 _LINEARS = (ops.expert_linear, ops.packed_expert_linear)
 _OBSERVERS = (ops.observe_experts_, ops.observe_routing_)
 
@@ -74,6 +75,7 @@ class ObserveLinears(MoEPass):
         def buffer(name: str, *shape: int, dtype: torch.dtype) -> Node:
             zeros = torch.zeros(shape, dtype=dtype, device=self.device)
             graph_module.register_buffer(name, zeros, persistent=False)
+            graph_module.meta.setdefault(ACCUMULATORS, []).append(name)
             return graph.get_attr(name)
 
         expert_ids = linears[0].args[1]
@@ -236,8 +238,7 @@ def read_statistics(observer: nn.Module, spec: ExpertsSpec) -> BlockStatistics:
     )
 
 
-def reset_statistics(observer: nn.Module, keep: Collection[str] = ("token_weight",)) -> None:
+def reset_statistics(observer: MoEGraph) -> None:
     """Sets every accumulator of an observer to zero."""
-    for name, tensor in observer.named_buffers(recurse=False):
-        if name in observer._non_persistent_buffers_set and name not in keep:
-            tensor.zero_()
+    for name in observer.meta[ACCUMULATORS]:
+        observer.get_buffer(name).zero_()

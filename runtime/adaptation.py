@@ -5,18 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from moe_compiler.kernels.experts import PackedExpertLinear
 from moe_compiler.kernels.pool import ChannelPool
 from moe_compiler.passes.assign import assign
 from moe_compiler.passes.capture import MoEBlock
 from moe_compiler.passes.lower import LoweredExperts
+from moe_compiler.passes.moments import HessianMoments, SecondMoments
 from moe_compiler.passes.significance import channel_significance
-from moe_compiler.passes.statistics import BlockStatistics, LayerEvidence
-from moe_compiler.runtime.channels import LinearMaster, expected_error, recluster, restore
+from moe_compiler.passes.statistics import BlockStatistics, LayerEvidence, LinearStatistics
+from moe_compiler.runtime.lowrank import lowrank
+from moe_compiler.runtime.master import LinearMaster
+from moe_compiler.runtime.quality import expected_error, output_errors
 from moe_compiler.runtime.report import LayerChange, LinearChange, jensen_shannon, moved_slots
+from moe_compiler.runtime.rules import RULES, compensate, needs, recluster, restore
 
-RULES = ("restore", "cluster")
+__all__ = ["RULES", "RuntimeLayer", "check_rule", "choose_layer"]
 
 
 @dataclass(frozen=True)
@@ -28,12 +34,14 @@ class RuntimeLayer:
         masters: by linear, what is kept of the original weights.
         calibration_count: `(E,)` tokens that the calibration data routed to each expert, on the host.
         overhead_bits: by linear, the bits per weight beside the codes.
+        top_k: experts per token.
     """
 
     block: MoEBlock
     masters: Mapping[str, LinearMaster]
     calibration_count: Tensor
     overhead_bits: Mapping[str, float]
+    top_k: int
 
     @property
     def experts(self) -> LoweredExperts:
@@ -53,10 +61,50 @@ class RuntimeLayer:
         )
 
 
+def check_rule(rule: str, layers: Mapping[str, RuntimeLayer]) -> None:
+    """Checks that a rule can work on a model, before anything is observed.
+
+    Raises:
+        ValueError: there is no such rule, or the model was compiled without what it needs.
+    """
+    if needs(rule) == "sums":
+        return
+    for path, layer in layers.items():
+        for linear, packed in layer.experts.all_packed().items():
+            if not layer.masters[linear].whole:
+                raise ValueError(
+                    f"rule {rule!r} needs the whole original weights, but the master of `{linear}` in `{path}` keeps "
+                    "single columns: compile with `master` 'memory' or 'checkpoint'"
+                )
+            if rule == "lowrank" and packed.pool.capacity and not packed.pool.direction.shape[0]:
+                raise ValueError(
+                    f"rule 'lowrank' needs a pool with directions, but the pool of `{linear}` in `{path}` has "
+                    f"{packed.pool.capacity} slots and none: compile with `pool` 'lowrank'"
+                )
+
+
 def choose_layer(
-    layer: RuntimeLayer, statistics: BlockStatistics, rule: str, name: str, widths: Sequence[int]
+    layer: RuntimeLayer,
+    statistics: BlockStatistics,
+    rule: str,
+    name: str,
+    widths: Sequence[int],
+    moments: Mapping[str, SecondMoments] | None = None,
 ) -> tuple[dict[str, ChannelPool], LayerChange]:
-    """The new pool contents of one layer, on the host, and what they change."""
+    """The new pool contents of one layer, on the host, and what they change.
+
+    Args:
+        layer: the layer.
+        statistics: what it saw of the new data.
+        rule: one of `RULES`.
+        name: what the new data are called.
+        widths: the widths that the layer's experts may have.
+        moments: by linear, the second moments of the new data; those of `statistics` (its Hessians) if `None`.
+
+    Raises:
+        ValueError: the rule needs second moments and there are none, or see `check_rule`.
+    """
+    check_rule(rule, {layer.block.path: layer})
     evidence = layer.evidence({name: statistics})
     old_bits = {linear: packed.bits for linear, packed in layer.experts.all_packed().items()}
     target = _effective_bits(evidence, old_bits)
@@ -65,11 +113,19 @@ def choose_layer(
     for linear, packed in layer.experts.all_packed().items():
         master = layer.masters[linear]
         sums = statistics.linears[linear]
-        if rule == "restore":
+        seen = None
+        if needs(rule) == "hessian":
+            seen = moments[linear] if moments is not None else _hessians(sums, statistics.count, rule)
+        if rule == "lowrank" and seen is not None:
+            pool = lowrank(master, packed, seen)
+        elif rule == "compensate" and seen is not None:
+            pool = compensate(master, packed, sums.sq_sum, seen)
+        elif rule == "restore":
             pool = restore(master, packed, sums.sq_sum)
         else:
             significance = channel_significance(sums, master.column_norm.double().to(sums.abs_sum.device))
             pool = recluster(master, packed, significance, plan.bits[linear], sums.sq_sum)
+        before, after = _errors(master, packed, (packed.pool, pool), sums.sq_sum, seen)
         pools[linear] = pool
         changes.append(
             LinearChange(
@@ -78,13 +134,34 @@ def choose_layer(
                 capacity=pool.capacity,
                 used=pool.used,
                 moved=moved_slots(_keys(packed.pool), _keys(pool)),
-                error_before=expected_error(master, packed, packed.pool, sums.sq_sum),
-                error_after=expected_error(master, packed, pool, sums.sq_sum),
+                error_before=before,
+                error_after=after,
             )
         )
     clusters_changed = _experts_changed(plan.bits, old_bits)
     divergence = float(jensen_shannon(statistics.count.cpu(), layer.calibration_count))
     return pools, LayerChange(layer.block.path, divergence, clusters_changed, tuple(changes))
+
+
+def _hessians(sums: LinearStatistics, count: Tensor, rule: str) -> SecondMoments:
+    if sums.hessian is None:
+        raise ValueError(f"rule {rule!r} needs second moments of the new data, but `statistics` hold no Hessians")
+    return HessianMoments(sums.hessian, count.cpu())
+
+
+def _errors(
+    master: LinearMaster,
+    packed: PackedExpertLinear,
+    pools: tuple[ChannelPool, ChannelPool],
+    energy: Tensor,
+    moments: SecondMoments | None,
+) -> tuple[float, float]:
+    """The error before and after: with correlations between channels where second moments are known."""
+    if moments is not None:
+        before, after = output_errors(master, packed, pools, moments)
+    else:
+        before, after = (expected_error(master, packed, pool, energy) for pool in pools)
+    return before, after
 
 
 def _effective_bits(evidence: LayerEvidence, bits: Mapping[str, Sequence[int]]) -> float:
@@ -104,5 +181,12 @@ def _experts_changed(new: Mapping[str, Sequence[int]], old: Mapping[str, Sequenc
 
 
 def _keys(pool: ChannelPool) -> Tensor:
-    """One number per used slot that stands for its expert and channel."""
-    return (pool.experts() << 32 | pool.index[: pool.used].long()).cpu()
+    """One number per used slot that stands for its expert and channel, or for its expert and direction's contents."""
+    index = pool.index[: pool.used].long()
+    channels = pool.direction.shape[1]
+    low_rank = index >= channels
+    if bool(low_rank.any()):
+        direction = pool.direction[(index - channels)[low_rank]].long()
+        place = torch.arange(1, channels + 1, device=direction.device)
+        index[low_rank] = channels + ((direction * place * place).sum(dim=1) & 0x3FFFFFFF)
+    return (pool.experts() << 32 | index).cpu()

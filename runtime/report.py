@@ -41,7 +41,7 @@ class LinearChange:
         used: slots that hold a correction now.
         moved: corrections that were not there before.
         error_before: expected squared output error on the new data with the old contents, see
-            `moe_compiler.runtime.channels.expected_error`.
+            `moe_compiler.runtime.quality.expected_error`.
         error_after: the same with the new contents.
     """
 
@@ -60,7 +60,7 @@ class LayerChange:
 
     Attributes:
         path: the MoE block.
-        divergence: Jensen-Shannon divergence in bits of the routing from that of the calibration data.
+        divergence: Jensen-Shannon divergence in bits of the routing from that of the profile in the pools before.
         clusters_changed: experts that would have another width if the layer were clustered for the new data alone
             (strategy `"dynamo"`) at the bits it has.
         linears: the change of each linear's pool.
@@ -77,7 +77,8 @@ class AdaptReport:
     """What `Runtime.adapt` did.
 
     Attributes:
-        name: the adaptation's name.
+        name: the new profile's name.
+        previous: the profile that was in the pools before.
         rule: how the slots were filled.
         tokens: tokens of the new data that were observed.
         layers: the change of each MoE block.
@@ -85,6 +86,7 @@ class AdaptReport:
     """
 
     name: str
+    previous: str
     rule: str
     tokens: int
     layers: tuple[LayerChange, ...]
@@ -98,7 +100,8 @@ class AdaptReport:
         total = sum(self.seconds.values())
         steps = ", ".join(f"{step} {seconds:.2f} s" for step, seconds in self.seconds.items())
         lines = [
-            f"adapted to {self.name!r} by rule {self.rule!r} on {self.tokens:,} tokens in {total:.2f} s ({steps})",
+            f"adapted to {self.name!r} by rule {self.rule!r} on {self.tokens:,} tokens in {total:.2f} s ({steps}); "
+            f"before: {self.previous!r}",
             f"{'MoE block':32} {'linear':14} {'divergence':>10} {'clusters':>9} {'slots':>9} {'moved':>6} "
             f"{'error left':>10}",
         ]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # a process per core; read when torch is imported
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 

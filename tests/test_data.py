@@ -86,7 +86,7 @@ BAD: list[tuple[Any, type[Exception], str]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("calibration", "error", "message"), BAD, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(("calibration", "error", "message"), BAD, ids=[case[-1][:40] for case in BAD])
 def test_bad_samples_are_refused(calibration: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=re.escape(message)):
         load_calibration(calibration, vocab_size=50)

@@ -14,7 +14,7 @@ from moe_compiler.passes.lower import LoweredExperts
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    return dynamo_compile(qwen2_moe(), datasets(), target_bits=4.0, progress=False)
+    return dynamo_compile(qwen2_moe(layers=4), datasets(), target_bits=4.0, progress=False)
 
 
 def printed(model: Any, **options: Any) -> str:
@@ -25,9 +25,10 @@ def printed(model: Any, **options: Any) -> str:
 
 def test_every_layer_shows_its_graphs_before_and_after(model: Any) -> None:
     text = printed(model)
-    assert text.count("captured:") == 1 + 1  # drawn once, then referred to
-    assert "captured: as in model.layers.0.mlp" in text
-    assert "lowered: as in model.layers.0.mlp" in text
+    assert text.count("captured:") == 1 + 3  # drawn once, then referred to
+    assert text.count("captured: as in model.layers.0.mlp") == 3
+    assert text.count("lowered:") == 3 + 1  # the first and the last layer also begin and end the forward pass
+    assert text.count("lowered: as in model.layers.1.mlp") == 1
     captured, observed, lowered = (text.index(f"{stage}:\n") for stage in ("captured", "observed", "lowered"))
     assert captured < observed < lowered
     assert "experts_observer" not in text[captured:observed]

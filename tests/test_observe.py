@@ -8,12 +8,13 @@ import torch
 from tiny import datasets, olmoe, qwen2_moe, tokens
 from torch import Tensor
 
+from moe_compiler.api import dynamo_compile
 from moe_compiler.kernels import ops
 from moe_compiler.kernels.reference import observe_experts_reference
 from moe_compiler.passes.base import run_passes
 from moe_compiler.passes.calibrate import ObservedModel, collect_hessians, observe_datasets
 from moe_compiler.passes.capture import capture_moe_blocks, expert_weight
-from moe_compiler.passes.observe import ObserveLinears, RemoveObservers, observed_block
+from moe_compiler.passes.observe import ObserveLinears, RemoveObservers, observed_block, reset_statistics
 
 
 def recorded(model: Any, ids: Tensor) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
@@ -163,3 +164,23 @@ def test_the_observer_shows_in_the_graph_at_both_linears() -> None:
     assert targets.count(ops.observe_experts_) == 2
     assert targets.count(ops.observe_routing_) == 1
     assert targets.count(ops.expert_linear) == 1  # what comes after the last observer is cut off
+
+
+def test_a_reset_zeroes_the_accumulators_alone() -> None:
+    model = dynamo_compile(qwen2_moe(layers=1), datasets(), quantizer="rtn", progress=False)
+    with torch.no_grad():
+        model(input_ids=tokens(2, 9), use_cache=False)
+    (layer,) = model.runtime.layers.values()
+    _, observer = observed_block(layer.block, hessian=True)
+    accumulators = {"tokens", "count", "token_mass", "gate_mass"} | {
+        f"{linear}_{sums}" for linear in ("gate_up_proj", "down_proj") for sums in ("abs_sum", "sq_sum", "hessian")
+    }
+    for name in accumulators:
+        observer.get_buffer(name).fill_(1)
+    before = {name: buffer.clone() for name, buffer in observer.named_buffers()}
+    assert bool(before["routing_histogram"].any())  # of the model itself, as the ids of its shared experts
+    assert accumulators | {"shared_ids"} < before.keys()
+    reset_statistics(observer)
+    for name, buffer in observer.named_buffers():
+        expected = torch.zeros_like(buffer) if name in accumulators else before[name]
+        assert torch.equal(buffer, expected), name

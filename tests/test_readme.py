@@ -24,7 +24,7 @@ def test_the_example_runs(monkeypatch: Any, capsys: Any) -> None:
     }
     exec(block[1], names)
     printed = capsys.readouterr().out
-    assert "adapted to 'support chat' by rule 'restore'" in printed
+    assert "adapted to 'support chat' by rule 'lowrank'" in printed
     assert "routed experts: " in printed
     assert model.moe_report.effective_bits <= 3.2
 

@@ -1,0 +1,139 @@
+"""The native CPU kernels against the oracle, where this CPU has the instructions, and what happens where it has not."""
+
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from packed import random_packed
+
+from moe_compiler.kernels import cpu_native, cpu_packed, ops
+from moe_compiler.kernels.cpu_compile import set_compile_threshold
+from moe_compiler.kernels.reference import packed_expert_linear_reference, packed_experts_reference
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+needs_native = pytest.mark.skipif(
+    not cpu_native.cpu_flags() >= cpu_native._NEEDED, reason="the CPU has no AVX512-BF16: other kernels run there"
+)
+
+
+@needs_native
+@settings(deadline=None, max_examples=30)
+@given(
+    bits=st.lists(st.sampled_from([2, 4, 6, 8]), min_size=1, max_size=4),
+    out_features=st.integers(1, 70),
+    in_features=st.integers(1, 300),
+    group_size=st.sampled_from([128, 256]),
+    counts=st.lists(st.integers(1, 20), min_size=1, max_size=3),
+    dtype=st.sampled_from(DTYPES),
+    slots=st.integers(0, 5),
+    directions=st.sampled_from([0, 3]),
+)
+def test_few_rows_equal_the_oracle(  # type: ignore[no-untyped-def]
+    bits, out_features, in_features, group_size, counts, dtype, slots, directions
+) -> None:
+    slots = min(slots, len(bits) * in_features)
+    packed = random_packed(bits, out_features, in_features, slots=slots, directions=directions, group_size=group_size)
+    blocks = [(number % len(bits), count) for number, count in enumerate(counts)]
+    ids = torch.tensor([expert for expert, count in blocks for _ in range(count)])
+    x = torch.randn(ids.shape[0], in_features, generator=torch.Generator().manual_seed(0)).to(dtype)
+    out = cpu_native.few_rows(packed.tensors, blocks, x, group_size)
+    expected = packed_expert_linear_reference(x.double(), ids, list(packed.tensors), None, group_size)
+    assert out.dtype == torch.float32
+    assert float((out - expected).abs().max()) <= 1e-5 * max(float(expected.abs().max()), 1.0)
+
+
+@needs_native
+@pytest.mark.parametrize(("out_features", "in_features"), [(64, 256), (33, 200), (1, 128)])
+def test_a_dequantized_weight_is_the_rounded_one(out_features: int, in_features: int) -> None:
+    packed = random_packed([2, 4, 6, 8], out_features, in_features, group_size=128)
+    for expert in range(4):
+        weight = cpu_native.dequantize(packed.tensors, expert, in_features, 128)
+        expected = packed.dequantize_expert(expert)
+        assert weight.shape[1] % 128 == 0
+        error = (weight[:, :in_features].float() - expected).abs()
+        assert bool((error <= expected.abs() / 256 + 1e-5).all())
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 9, 80])
+def test_a_layer_takes_them(dtype: torch.dtype, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate_up = random_packed([2, 4, 8], 256, 128, slots=4, group_size=128, seed=1)
+    down = random_packed([8, 2, 6], 128, 128, slots=4, group_size=128, seed=2)
+    calls = []
+    real = cpu_native.few_rows
+    monkeypatch.setattr(cpu_native, "few_rows", lambda *a: calls.append(1) or real(*a))
+    x = torch.randn(tokens, 128).to(dtype) / 8
+    index = torch.randint(0, 4, (tokens, 2))  # 3 is another rank's
+    biases = [torch.randn(3, n).to(dtype) for n in (256, 128)]
+    arguments = (
+        x, index, torch.rand(tokens, 2), list(gate_up.tensors), biases[0], list(down.tensors), biases[1], "silu", 128,
+    )  # fmt: skip
+    actual, expected = ops.packed_experts(*arguments), packed_experts_reference(*arguments)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    assert float((actual - expected).abs().max() / expected.abs().max()) < tolerance
+    assert calls or tokens == 80 or not bool((index < 3).any())
+
+
+@needs_native
+def test_threads_do_not_disturb_each_other() -> None:
+    packed = random_packed([2, 4, 8], 96, 256, group_size=128)
+    x = torch.randn(12, 256)
+    ids = torch.arange(3).repeat_interleave(4)
+    expected = ops.packed_expert_linear(x, ids, list(packed.tensors), None, 128)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert torch.equal(ops.packed_expert_linear(x, ids, list(packed.tensors), None, 128), expected)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A library that is not loaded yet, with a cache folder of its own."""
+    monkeypatch.setenv(cpu_native.CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setattr(cpu_native, "cpu_flags", lambda: frozenset(cpu_native._NEEDED))
+    cpu_native._library.cache_clear()
+    yield tmp_path
+    cpu_native._library.cache_clear()
+
+
+def test_a_compiler_that_fails_is_said_once_and_other_kernels_run(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise subprocess.CalledProcessError(1, "g++", stderr="no such instruction")
+
+    monkeypatch.setattr(cpu_native.subprocess, "run", fail)
+    packed = random_packed([2, 4], 16, 128, group_size=128)
+    x, ids = torch.randn(2, 128), torch.tensor([0, 1])
+    out = ops.packed_expert_linear(x, ids, list(packed.tensors), None, 128)
+    assert torch.allclose(out, packed_expert_linear_reference(x, ids, list(packed.tensors), None, 128), atol=1e-4)
+    assert not cpu_native.serves(x, 128)
+    assert [record.message for record in caplog.records] == [
+        "the native CPU kernels could not be compiled, slower ones run: no such instruction"
+    ]
+    assert not list(fresh.iterdir())
+
+
+def test_another_cpu_takes_other_kernels(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_native, "cpu_flags", lambda: frozenset({"avx2"}))
+    x = torch.randn(2, 128)
+    packed = random_packed([2, 4], 16, 128, group_size=128)
+    assert cpu_native.library() is None
+    assert not cpu_packed.has_kernels(x, packed.tensors, 128)
+    set_compile_threshold(1)
+    try:
+        assert cpu_packed.has_kernels(x, packed.tensors, 128)
+    finally:
+        set_compile_threshold(None)
+
+
+def test_groups_that_cut_a_tile_are_left_to_other_kernels() -> None:
+    assert not cpu_native.serves(torch.randn(2, 128), 64)
+    assert not cpu_native.serves(torch.randn(2, 128).double(), 128)
