@@ -361,7 +361,7 @@ extern "C" int prepare() {
 
 // Rows of `x` in blocks of one expert each. `blocks` `(B, 3)`: expert, first row, number of rows (1 to 16). `x`
 // `(R, stride)` bfloat16 with zeros past the input features, `stride` a multiple of 128. Scratch: `x_tiles` `(B, 16,
-// stride)`, zeros; `sums` `(R, groups)`; `slots` `(R, most)`, `most` the largest number of slots of an expert. `out`
+// stride)`; `sums` `(R, groups)`; `slots` `(R, most)`, `most` the largest number of slots of an expert. `out`
 // `(R, N)` float32.
 extern "C" void packed_rows(const Linear* linear, const int64_t* blocks, int64_t num_blocks, const uint16_t* x,
                             int64_t stride, uint16_t* x_tiles, float* sums, float* slots, int64_t most, float* out,

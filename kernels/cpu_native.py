@@ -142,7 +142,7 @@ def few_rows(packed: PackedTensors, blocks: Sequence[tuple[int, int]], x: Tensor
     if packed.pool_index.shape[0]:
         most = max(1, int(packed.pool_offset.diff().max()))
     order = torch.tensor(table, dtype=torch.int64)
-    tiles = torch.zeros(len(table) // 3, MAX_ROWS, stride, dtype=torch.bfloat16)
+    tiles = torch.empty(len(table) // 3, MAX_ROWS, stride, dtype=torch.bfloat16)
     sums = torch.empty(rows.shape[0], packed.scale.shape[2])
     slots = torch.empty(rows.shape[0], most)
     out = torch.empty(rows.shape[0], packed.out_features)

@@ -38,7 +38,8 @@ def packed_expert_linear(
     if schedule.path == "dense":
         assert blocks is not None
         return linear_dense(x, expert_ids, blocks, packed, bias, group_size)
-    return kernels_of(schedule).linear(x, expert_ids, blocks, packed, bias, group_size, schedule.down)
+    out: Tensor = kernels_of(schedule).linear(x, expert_ids, blocks, packed, bias, group_size, schedule.down)
+    return out
 
 
 def packed_experts(

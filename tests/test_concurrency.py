@@ -295,7 +295,7 @@ def test_generate_holds_by_itself_and_keeps_its_signature(model: Any) -> None:
     assert torch.equal(copied.generate(prompt, max_new_tokens=3, do_sample=False), expected)
 
 
-def test_four_threads_generate_while_another_adapts_and_switches_200_times(model: Any) -> None:
+def test_four_threads_generate_while_another_adapts_and_switches(model: Any) -> None:
     runtime, prompt = model.runtime, tokens(1, 2, 3)
     options = {"max_new_tokens": 2, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
 
@@ -323,8 +323,8 @@ def test_four_threads_generate_while_another_adapts_and_switches_200_times(model
 
     readers = [in_thread(lambda number=number: read(number)) for number in range(4)]
     try:
-        for step in range(200):
-            if step % 40 == 39:
+        for step in range(80):
+            if step % 20 == 19:
                 runtime.revert()
                 runtime.adapt(new_data(), name="new")  # gives what it gave before
             else:

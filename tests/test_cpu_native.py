@@ -1,6 +1,7 @@
 """The native CPU kernels against the oracle, where this CPU has the instructions, and what happens where it has not."""
 
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +94,25 @@ def test_threads_do_not_disturb_each_other() -> None:
         torch.set_num_threads(threads)
 
 
+@needs_native
+def test_without_tile_registers_vectors_do_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv(cpu_native.CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setattr(cpu_native, "_FLAGS", (*cpu_native._FLAGS, "-mno-amx-bf16", "-mno-amx-tile"))
+    packed = random_packed([2, 4, 6, 8], 33, 200, slots=5, directions=3, group_size=128)
+    blocks = [(0, 1), (1, 2), (2, 3), (3, 7)]
+    ids = torch.tensor([expert for expert, count in blocks for _ in range(count)])
+    x = torch.randn(ids.shape[0], 200)
+    cpu_native._library.cache_clear()
+    try:
+        out = cpu_native.few_rows(packed.tensors, blocks, x, 128)
+    finally:
+        cpu_native._library.cache_clear()
+    expected = packed_expert_linear_reference(x.double(), ids, list(packed.tensors), None, 128)
+    assert float((out - expected).abs().max() / expected.abs().max()) < 1e-5
+
+
 @pytest.fixture
-def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """A library that is not loaded yet, with a cache folder of its own."""
     monkeypatch.setenv(cpu_native.CACHE_VARIABLE, str(tmp_path))
     monkeypatch.setattr(cpu_native, "cpu_flags", lambda: frozenset(cpu_native._NEEDED))
