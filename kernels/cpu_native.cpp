@@ -105,6 +105,12 @@ inline float bfloat(uint16_t value) {
     return out;
 }
 
+inline uint16_t rounded(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    return static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+}
+
 // One number for the lanes of the first row, another for those of the second.
 inline __m512 pair(float first, float second) {
     return _mm512_insertf32x8(_mm512_set1_ps(first), _mm256_set1_ps(second), 1);
@@ -180,18 +186,20 @@ void few(const Linear& w, int64_t expert, int64_t first, int64_t last, const uin
 // Takes off what biases and zero points added, adds the pool and writes `out[m][n]`.
 template <int P>
 void finish(int count, const Linear& w, int64_t expert, int64_t first, int64_t last, const float (*total)[MAX_ROWS],
-            const float* const* sums, const float* const* slots, float* const* out) {
+            const float* sums, const float* const* slots, float* const* out) {
     const int64_t rows = w.out_features;
     const uint16_t* scale = w.scale + expert * rows * w.groups;
     const uint8_t* zero_point = w.zero_point + expert * rows * w.groups;
     for (int64_t row = first; row < last; ++row) {
-        float excess[MAX_ROWS] = {};
+        __m512 value = _mm512_load_ps(total[row - first]);
         for (int64_t group = 0; group < w.groups; ++group) {
             const int64_t at = row * w.groups + group;
             const float factor = half(scale[at]) * (BIAS<P> + zero_point[at] * ZERO_POINT_UNIT[P]);
-            for (int m = 0; m < count; ++m) excess[m] += factor * sums[m][group];
+            value = _mm512_fnmadd_ps(_mm512_set1_ps(factor), _mm512_loadu_ps(sums + group * MAX_ROWS), value);
         }
-        for (int m = 0; m < count; ++m) out[m][row] = total[row - first][m] - excess[m];
+        alignas(64) float values[MAX_ROWS];
+        _mm512_store_ps(values, value);
+        for (int m = 0; m < count; ++m) out[m][row] = values[m];
     }
     const int64_t begin = w.pool_offset[expert], end = w.pool_offset[expert + 1];
     for (int64_t slot = begin; slot < end; ++slot) {
@@ -229,13 +237,19 @@ void few_amx(const Linear& w, int64_t expert, int64_t first, int64_t last, const
     const int16_t* planes = w.planes + static_cast<int64_t>(w.table[2 * expert + 1]) * TILE;
     const uint16_t* scale = w.scale + expert * rows * w.groups;
     const int64_t tiles_of_group = w.group_size / TILE;
-    alignas(64) uint16_t low[POSITIONS * CHUNK * HALF_WORDS], high[P == 4 ? POSITIONS * CHUNK * HALF_WORDS : 32];
+    constexpr int BUFFER = POSITIONS * CHUNK * HALF_WORDS, PAIRS_A_STEP = CHUNK / 2 / POSITIONS;
+    alignas(64) uint16_t low[2][BUFFER], high[2][P == 4 ? BUFFER : 32];
     alignas(64) float product[2 * CHUNK][MAX_ROWS];
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-        for (int64_t row = first; row < last; row += 2) {
+    // The codes of two tiles are in flight: while one is multiplied, the next is unpacked, a few rows at a time.
+    const auto unpack = [&](int64_t tile, int step) {
+        for (int64_t row = first + 2 * PAIRS_A_STEP * step; row < first + 2 * PAIRS_A_STEP * (step + 1); row += 2) {
+            if (row >= last) return;
             const int64_t at = (row - first) * HALF_WORDS;
-            store_codes<P, 0>(load<P>(planes, tile, row, rows, row + 1 == rows), low + at, high + at);
+            store_codes<P, 0>(load<P>(planes, tile, row, rows, row + 1 == rows), low[tile % 2] + at, high[tile % 2] + at);
         }
+    };
+    for (int step = 0; step < POSITIONS; ++step) unpack(0, step);
+    for (int64_t tile = 0; tile < tiles; ++tile) {
         compiler_barrier();
         _tile_zero(0);
         _tile_zero(1);
@@ -246,16 +260,17 @@ void few_amx(const Linear& w, int64_t expert, int64_t first, int64_t last, const
         for (int position = 0; position < POSITIONS; ++position) {
             const int at = position * CHUNK * HALF_WORDS, half_way = at + CHUNK / 2 * HALF_WORDS;
             _tile_loadd(4, x_tiles + (tile * POSITIONS + position) * ONE_POSITION, 64);
-            _tile_loadd(2, low + at, 32);
+            _tile_loadd(2, low[tile % 2] + at, 32);
             _tile_dpbf16ps(0, 2, 4);
-            _tile_loadd(3, low + half_way, 32);
+            _tile_loadd(3, low[tile % 2] + half_way, 32);
             _tile_dpbf16ps(1, 3, 4);
             if constexpr (P == 4) {
-                _tile_loadd(2, high + at, 32);
+                _tile_loadd(2, high[tile % 2] + at, 32);
                 _tile_dpbf16ps(5, 2, 4);
-                _tile_loadd(3, high + half_way, 32);
+                _tile_loadd(3, high[tile % 2] + half_way, 32);
                 _tile_dpbf16ps(6, 3, 4);
             }
+            if (tile + 1 < tiles) unpack(tile + 1, position);
         }
         _tile_stored(0, product[0], 64);
         _tile_stored(1, product[CHUNK / 2], 64);
@@ -290,8 +305,10 @@ constexpr bool AMX = false;
 // Rows `first` up to `last` of one expert for up to 16 rows of `x`.
 template <int P>
 void few_rows(int count, const Linear& w, int64_t expert, int64_t first, int64_t last, const uint16_t* const* x,
-              const uint16_t* x_tiles, const float* const* sums, const float* const* slots, float* const* out) {
+              const uint16_t* x_tiles, const float* sums, const float* const* slots, float* const* out) {
     alignas(64) float total[CHUNK][MAX_ROWS] = {};
+    for (int64_t slot = w.pool_offset[expert]; slot < w.pool_offset[expert + 1]; ++slot)
+        _mm_prefetch(reinterpret_cast<const char*>(w.pool_value + slot * w.out_features + first), _MM_HINT_T0);
 #ifdef __AMX_BF16__
     few_amx<P>(w, expert, first, last, x_tiles, total);
 #else
@@ -322,8 +339,8 @@ inline void expand(const Words<P>& words, const __m512* factor, const __m512* of
             __m512 value = wide(code);
             if constexpr (P == 4) value = _mm512_fmadd_ps(wide(code_upper), _mm512_set1_ps(16), value);
             const __m512 weight = _mm512_fmadd_ps(value, factor[row], offset[row]);
-            const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(weight);
-            _mm256_storeu_si256(reinterpret_cast<__m256i*>(out[row] + 16 * POSITION), rounded);
+            const __m256i result = (__m256i)_mm512_cvtneps_pbh(weight);
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(out[row] + 16 * POSITION), result);
         }
         expand<P, POSITION + 1>(words, factor, offset, out, single);
     }
@@ -349,6 +366,14 @@ void dense(const Linear& w, int64_t expert, int64_t first, int64_t last, uint16_
             expand<P, 0>(load<P>(planes, tile, row, rows, single), factor, offset, target, single);
         }
     }
+    for (int64_t slot = w.pool_offset[expert]; slot < w.pool_offset[expert + 1]; ++slot) {
+        const int64_t index = w.pool_index[slot];
+        if (index >= w.in_features) continue;
+        for (int64_t row = first; row < last; ++row) {
+            uint16_t& weight = out[row * stride + index];
+            weight = rounded(bfloat(weight) + w.pool_scale[slot] * w.pool_value[slot * rows + row]);
+        }
+    }
 }
 
 }  // namespace
@@ -361,7 +386,7 @@ extern "C" int prepare() {
 
 // Rows of `x` in blocks of one expert each. `blocks` `(B, 3)`: expert, first row, number of rows (1 to 16). `x`
 // `(R, stride)` bfloat16 with zeros past the input features, `stride` a multiple of 128. Scratch: `x_tiles` `(B, 16,
-// stride)`; `sums` `(R, groups)`; `slots` `(R, most)`, `most` the largest number of slots of an expert. `out`
+// stride)`; `sums` `(B, groups, 16)`; `slots` `(R, most)`, `most` the largest number of slots of an expert. `out`
 // `(R, N)` float32.
 extern "C" void packed_rows(const Linear* linear, const int64_t* blocks, int64_t num_blocks, const uint16_t* x,
                             int64_t stride, uint16_t* x_tiles, float* sums, float* slots, int64_t most, float* out,
@@ -380,7 +405,7 @@ extern "C" void packed_rows(const Linear* linear, const int64_t* blocks, int64_t
                 const int64_t last = (group + 1) * w.group_size < stride ? (group + 1) * w.group_size : stride;
                 float sum = 0;
                 for (int64_t k = group * w.group_size; k < last; ++k) sum += bfloat(row[k]);
-                sums[r * w.groups + group] = sum;
+                sums[(block * w.groups + group) * MAX_ROWS + r - blocks[3 * block + 1]] = sum;
             }
             for (int64_t slot = begin; slot < end; ++slot) {
                 const int64_t index = w.pool_index[slot];
@@ -407,22 +432,22 @@ extern "C" void packed_rows(const Linear* linear, const int64_t* blocks, int64_t
         const int64_t first = task % chunks * CHUNK;
         const int64_t last = first + CHUNK < w.out_features ? first + CHUNK : w.out_features;
         const uint16_t* rows[MAX_ROWS];
-        const float *row_sums[MAX_ROWS], *row_slots[MAX_ROWS];
+        const float* row_slots[MAX_ROWS];
         float* target[MAX_ROWS];
         for (int64_t m = 0; m < block[2]; ++m) {
             const int64_t r = block[1] + m;
             rows[m] = x + r * stride;
-            row_sums[m] = sums + r * w.groups;
             row_slots[m] = slots + r * most;
             target[m] = out + r * w.out_features;
         }
         const int count = static_cast<int>(block[2]);
         const uint16_t* own = x_tiles + task / chunks * MAX_ROWS * stride;
+        const float* own_sums = sums + task / chunks * w.groups * MAX_ROWS;
         switch (w.table[2 * block[0]]) {
-        case 1: few_rows<1>(count, w, block[0], first, last, rows, own, row_sums, row_slots, target); break;
-        case 2: few_rows<2>(count, w, block[0], first, last, rows, own, row_sums, row_slots, target); break;
-        case 3: few_rows<3>(count, w, block[0], first, last, rows, own, row_sums, row_slots, target); break;
-        default: few_rows<4>(count, w, block[0], first, last, rows, own, row_sums, row_slots, target);
+        case 1: few_rows<1>(count, w, block[0], first, last, rows, own, own_sums, row_slots, target); break;
+        case 2: few_rows<2>(count, w, block[0], first, last, rows, own, own_sums, row_slots, target); break;
+        case 3: few_rows<3>(count, w, block[0], first, last, rows, own, own_sums, row_slots, target); break;
+        default: few_rows<4>(count, w, block[0], first, last, rows, own, own_sums, row_slots, target);
         }
     }
 #ifdef __AMX_BF16__
@@ -431,7 +456,7 @@ extern "C" void packed_rows(const Linear* linear, const int64_t* blocks, int64_t
     }
 }
 
-// The weight of one expert without the channel pool, `(N, stride)` bfloat16; `stride` is a multiple of 128, and what is
+// The weight of one expert with the pool's channels, not its directions, `(N, stride)` bfloat16; `stride` is a multiple of 128, and what is
 // past the input features has no meaning.
 extern "C" void dequantize(const Linear* linear, int64_t expert, uint16_t* out, int64_t stride, int64_t threads) {
     const Linear& w = *linear;

@@ -143,7 +143,7 @@ def few_rows(packed: PackedTensors, blocks: Sequence[tuple[int, int]], x: Tensor
         most = max(1, int(packed.pool_offset.diff().max()))
     order = torch.tensor(table, dtype=torch.int64)
     tiles = torch.empty(len(table) // 3, MAX_ROWS, stride, dtype=torch.bfloat16)
-    sums = torch.empty(rows.shape[0], packed.scale.shape[2])
+    sums = torch.empty(len(table) // 3, packed.scale.shape[2], MAX_ROWS)
     slots = torch.empty(rows.shape[0], most)
     out = torch.empty(rows.shape[0], packed.out_features)
     native.packed_rows(
@@ -156,7 +156,8 @@ def few_rows(packed: PackedTensors, blocks: Sequence[tuple[int, int]], x: Tensor
 
 
 def dequantize(packed: PackedTensors, expert: int, in_features: int, group_size: int) -> Tensor:
-    """The weight of one expert without the channel pool, `(N, K')` bfloat16 with `K'` up to the next multiple of 128.
+    """The weight of one expert with the pool's channels, without its directions, `(N, K')` bfloat16 with `K'` up
+    to the next multiple of 128.
 
     Columns past `in_features` have no meaning but are finite.
     """

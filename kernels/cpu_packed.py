@@ -165,14 +165,16 @@ def _many(packed: PackedTensors, expert: int, x: Tensor, bias: Tensor | None, gr
     """One expert's linear of many rows, `(R, N)` in the dtype of `x`; float32 for float16."""
     if x.dtype == torch.float16:
         x = x.float()
+    first, last = packed.pool_offset[expert : expert + 2].tolist()
+    slots = torch.arange(first, max(first, last))
     if x.dtype == torch.bfloat16 and cpu_native.serves(x, group_size):
         weight = cpu_native.dequantize(packed, expert, x.shape[1], group_size)
         out = F.linear(F.pad(x, (0, weight.shape[1] - x.shape[1])), weight)
+        slots = slots[packed.pool_index[slots] >= x.shape[1]]
     else:
         out = dense_linear(packed, expert, x, group_size)
-    first, last = packed.pool_offset[expert : expert + 2].tolist()
-    if first < last:
-        _add_pool(out, packed, slice(first, last), _pool_inputs(packed, x))
+    if slots.numel():
+        _add_pool(out, packed, slots, _pool_inputs(packed, x))
     if bias is not None:
         out += bias[expert]
     return out
@@ -185,7 +187,7 @@ def _pool_inputs(packed: PackedTensors, x: Tensor) -> Tensor:
     return torch.cat([x, x @ packed.pool_direction.to(x.dtype).t()], dim=1)
 
 
-def _add_pool(out: Tensor, packed: PackedTensors, slots: slice, inputs: Tensor) -> None:
+def _add_pool(out: Tensor, packed: PackedTensors, slots: slice | Tensor, inputs: Tensor) -> None:
     """Adds the slots of one expert to its rows."""
     scaled = inputs[:, packed.pool_index[slots]] * packed.pool_scale[slots].to(inputs.dtype)
     out.addmm_(scaled, packed.pool_value[slots].to(inputs.dtype))
