@@ -55,8 +55,9 @@ def packed_experts(
 ) -> Tensor:
     """All experts of a layer over packed weights; arguments as in `moe_compiler.kernels.ops`.
 
-    Launches: the sort of the rows (none for few rows, two for many), `gate_up` with the activation, `down` with the
-    routing weights, and the sum over a token's experts.
+    Launches: the sort of the rows (none where every row is a block, one for few, two for many), `gate_up` with the
+    activation, `down` with the routing weights, and the sum over a token's experts; one more for each linear whose pool
+    has directions. The dense path takes about twelve.
     """
     if x.dtype not in KERNEL_DTYPES:
         return cpu.packed_experts(
