@@ -323,7 +323,7 @@ def test_four_threads_generate_while_another_adapts_and_switches(model: Any) -> 
 
     readers = [in_thread(lambda number=number: read(number)) for number in range(4)]
     try:
-        for step in range(80):
+        for step in range(200):
             if step % 20 == 19:
                 runtime.revert()
                 runtime.adapt(new_data(), name="new")  # gives what it gave before
