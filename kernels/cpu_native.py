@@ -12,7 +12,6 @@ import ctypes
 import hashlib
 import logging
 import os
-import platform
 import shutil
 import subprocess
 import tempfile
@@ -60,7 +59,7 @@ def serves(x: Tensor, group_size: int) -> bool:
 
 
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels, or `None` where there is no such CPU or no compiler."""
+    """The compiled kernels, or `None` where there is no such CPU, no compiler, or no right to its tile registers."""
     with _compiling:
         return _library()
 
@@ -71,7 +70,7 @@ def _library() -> ctypes.CDLL | None:
     flags = cpu_flags()
     if not flags >= _NEEDED or compiler is None:
         return None
-    key = "\n".join((SOURCE.read_text(), *_FLAGS, *sorted(flags), compiler, platform.python_version()))
+    key = "\n".join((SOURCE.read_text(), *_FLAGS, *sorted(flags), compiler))
     name = f"cpu_native-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     folder = _cache_folder()
     path = folder / name

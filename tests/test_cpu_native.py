@@ -62,10 +62,11 @@ def test_a_dequantized_weight_is_the_rounded_one(out_features: int, in_features:
 
 @needs_native
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("directions", [0, 3])
 @pytest.mark.parametrize("tokens", [1, 9, 80])
-def test_a_layer_takes_them(dtype: torch.dtype, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    gate_up = random_packed([2, 4, 8], 256, 128, slots=4, group_size=128, seed=1)
-    down = random_packed([8, 2, 6], 128, 128, slots=4, group_size=128, seed=2)
+def test_a_layer_takes_them(dtype: torch.dtype, tokens: int, directions: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate_up = random_packed([2, 4, 8], 256, 128, slots=4, directions=directions, group_size=128, seed=1)
+    down = random_packed([8, 2, 6], 128, 128, slots=4, directions=directions, group_size=128, seed=2)
     calls = []
     real = cpu_native.few_rows
     monkeypatch.setattr(cpu_native, "few_rows", lambda *a: calls.append(1) or real(*a))
