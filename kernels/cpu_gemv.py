@@ -101,7 +101,7 @@ def per_tile(parameters: Tensor, group_size: int, tiles: int) -> Tensor:
     if group_size > TILE:
         parameters = parameters.unsqueeze(-1).expand(*parameters.shape, group_size // TILE).flatten(-2)
     size = tiles * max(1, TILE // group_size)
-    return pad_last(parameters[..., :size], size)
+    return pad_last(parameters[..., :size], size).contiguous()  # kernels are compiled for contiguous parameters
 
 
 def _group_sums(channels: Tensor, groups: int) -> Tensor:

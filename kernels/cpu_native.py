@@ -1,9 +1,9 @@
-"""The packed linears as native code, for x86 CPUs with AVX512-BF16, on the tile registers of AMX where there are some.
+"""The packed linears as native code, for x86 CPUs with AVX512-VNNI, on the tile registers of AMX where there are some.
 
 `cpu_native.cpp` is compiled by the host's C++ compiler on first use (a few seconds), kept in a cache folder, and called
-through `ctypes`. It multiplies bfloat16 numbers: a float16 or float32 input is split into two or three bfloat16 parts
-that add up to it, which are rows more of the same expert. Other CPUs, and hosts without a compiler, take the kernels of
-`moe_compiler.kernels.cpu_packed`.
+through `ctypes`. Codes are bytes as they stand, and an input is three signed bytes: 23 bits, relative to the largest
+number of its row. Their products are exact integers, which are scaled once for each group of channels. Other CPUs, and
+hosts without a compiler, take the other kernels of `moe_compiler.kernels.cpu_packed`.
 """
 
 from __future__ import annotations
@@ -25,20 +25,21 @@ from torch import Tensor
 
 from moe_compiler.kernels.packed import PackedTensors
 from moe_compiler.kernels.planes import TILE
+from moe_compiler.kernels.reference import rows_per_input
 
 logger = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("cpu_native.cpp")
+SOURCES = (*sorted(Path(__file__).parent.glob("cpu_native*.h")), Path(__file__).with_name("cpu_native.cpp"))
 CACHE_VARIABLE = "MOE_COMPILER_CACHE"
-MAX_ROWS = 16
-"""Most rows of a block in the native code."""
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
+"""By their numbers in the native code."""
 
 _FLAGS = (
     "-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-fopenmp", "-w",
     "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno",
 )  # fmt: skip
-_NEEDED = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "f16c"}
-_PARTS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
+_NEEDED = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "f16c"}
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # by their numbers in the native code
 _POINTERS = (*PackedTensors._fields,)
 _SIZES = ("out_features", "in_features", "groups", "group_size")
 _compiling = threading.Lock()
@@ -53,9 +54,26 @@ class _Linear(ctypes.Structure):
     )
 
 
+_INT, _POINTER, _LINEAR = ctypes.c_int64, ctypes.c_void_p, ctypes.POINTER(_Linear)
+_ARGUMENTS = {
+    "packed_linear": (
+        _LINEAR, _POINTER, _INT, _INT, _POINTER, _INT, _INT, _POINTER, _INT, _POINTER, _INT,
+    ),
+    "packed_experts": (
+        _LINEAR, _LINEAR, _POINTER, _POINTER, _INT, _INT, _INT, _POINTER, _INT, _POINTER, _INT, _POINTER, _INT, _INT,
+        _POINTER, _INT, _INT,
+    ),
+    "packed_experts_many": (
+        _LINEAR, _LINEAR, _POINTER, _INT, _POINTER, _POINTER, _INT, _POINTER, _POINTER, _INT, _POINTER, _INT, _INT,
+        _POINTER, _INT,
+    ),
+    "dequantize": (_LINEAR, _INT, _POINTER, _INT, _INT),
+}  # fmt: skip
+
+
 def serves(x: Tensor, group_size: int) -> bool:
     """Whether the native kernels can take a call: its dtype, its groups, this CPU and its compiler."""
-    return x.device.type == "cpu" and x.dtype in _PARTS and group_size % TILE == 0 and library() is not None
+    return x.device.type == "cpu" and x.dtype in _DTYPES and group_size % TILE == 0 and library() is not None
 
 
 def library() -> ctypes.CDLL | None:
@@ -70,7 +88,7 @@ def _library() -> ctypes.CDLL | None:
     flags = cpu_flags()
     if not flags >= _NEEDED or compiler is None:
         return None
-    key = "\n".join((SOURCE.read_text(), *_FLAGS, *sorted(flags), compiler))
+    key = "\n".join((*(source.read_text() for source in SOURCES), *_FLAGS, *sorted(flags), compiler))
     name = f"cpu_native-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     folder = _cache_folder()
     path = folder / name
@@ -79,11 +97,13 @@ def _library() -> ctypes.CDLL | None:
             logger.info("compiling the native CPU kernels to %s", path)
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder) as work:
-                command = [compiler, *_FLAGS, str(SOURCE), "-o", str(Path(work) / name)]
+                command = [compiler, *_FLAGS, str(SOURCES[-1]), "-o", str(Path(work) / name)]
                 subprocess.run(command, check=True, capture_output=True, text=True)
                 (Path(work) / name).replace(path)
         native = ctypes.CDLL(str(path))
-        return native if native.prepare() else None
+        for function, arguments in _ARGUMENTS.items():
+            getattr(native, function).argtypes, getattr(native, function).restype = arguments, None
+        return native
     except (OSError, subprocess.CalledProcessError) as error:
         reason = getattr(error, "stderr", None) or str(error)
         logger.warning("the native CPU kernels could not be compiled, slower ones run: %s", reason.strip()[:500])
@@ -107,93 +127,137 @@ def cpu_flags() -> frozenset[str]:
     return frozenset(next((line.split(":", 1)[1].split() for line in lines if line.startswith("flags")), []))
 
 
-def few_rows(packed: PackedTensors, blocks: Sequence[tuple[int, int]], x: Tensor, group_size: int) -> Tensor:
-    """Rows of experts' linears, channel pool included.
-
-    Args:
-        packed: packed linear `(N, K)` of `E` experts.
-        blocks: expert and number of rows of each block, in the order of the rows.
-        x: `(R, K)` bfloat16, float16 or float32, the rows of all blocks.
-        group_size: input channels of one scale, a multiple of 128.
+def expert_linear(x: Tensor, expert_ids: Tensor, packed: PackedTensors, bias: Tensor | None, group_size: int) -> Tensor:
+    """Expert linear over packed weights; arguments as in `moe_compiler.kernels.ops`.
 
     Returns:
-        `(R, N)` float32.
+        `(R, N)` float32, zero for ids of `E` or more.
     """
-    native = library()
-    assert native is not None
-    parts = _PARTS[x.dtype]
-    rows = _split(x, parts)  # (parts, R, K')
-    if parts > 1:
-        rows = rows.transpose(0, 1).flatten(0, 1).contiguous()  # the parts of a row follow each other
-    stride = rows.shape[-1]
-    rows = rows.view(-1, stride)
+    x, expert_ids = x.contiguous(), expert_ids.contiguous()
+    linear, kept = _describe(packed, x.shape[1], group_size)
+    out = torch.empty(expert_ids.shape[0], packed.out_features)
+    pointer, dtype, kept_bias = _numbers(bias)
+    _loaded().packed_linear(
+        linear, expert_ids.data_ptr(), expert_ids.shape[0], packed.num_experts, x.data_ptr(), _DTYPES.index(x.dtype),
+        rows_per_input(x, expert_ids), pointer, dtype, out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    del kept, kept_bias
+    return out
+
+
+def experts(
+    x: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    gate_up: PackedTensors,
+    gate_up_bias: Tensor | None,
+    down: PackedTensors,
+    down_bias: Tensor | None,
+    activation: str,
+    group_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """All experts of a layer over packed weights; arguments as in `moe_compiler.kernels.ops`.
+
+    Returns:
+        `(T, H)` of `dtype`.
+    """
+    x, ids, weights = x.contiguous(), top_k_index.contiguous(), top_k_weights.float().contiguous()
+    first, kept_first = _describe(gate_up, x.shape[1], group_size)
+    second, kept_second = _describe(down, gate_up.out_features // 2, group_size)
+    first_bias, first_dtype, kept_first_bias = _numbers(gate_up_bias)
+    second_bias, second_dtype, kept_second_bias = _numbers(down_bias)
+    out = torch.empty(x.shape[0], down.out_features, dtype=dtype)
+    _loaded().packed_experts(
+        first, second, ids.data_ptr(), weights.data_ptr(), *ids.shape, gate_up.num_experts, x.data_ptr(),
+        _DTYPES.index(x.dtype), first_bias, first_dtype, second_bias, second_dtype, ACTIVATIONS.index(activation),
+        out.data_ptr(), _DTYPES.index(dtype), torch.get_num_threads(),
+    )  # fmt: skip
+    del kept_first, kept_second, kept_first_bias, kept_second_bias
+    return out
+
+
+def serves_many(x: Tensor, group_size: int) -> bool:
+    """Whether `add_experts` can take a call: bfloat16, and the tile registers of AMX."""
+    return x.dtype == torch.bfloat16 and serves(x, group_size) and bool(_loaded().has_many())
+
+
+def add_experts(
+    out: Tensor,
+    many: Sequence[tuple[int, Tensor]],
+    x: Tensor,
+    top_k_weights: Tensor,
+    gate_up: PackedTensors,
+    gate_up_bias: Tensor | None,
+    down: PackedTensors,
+    down_bias: Tensor | None,
+    activation: str,
+    group_size: int,
+) -> None:
+    """Adds experts with many rows to the output of a layer, one after the other.
+
+    Args:
+        out: `(T, H)` float32.
+        many: experts and their rows, places in `top_k_weights`.
+        x: `(T, H)` bfloat16.
+        top_k_weights: `(T, k)`.
+        gate_up: packed linear `(2I, H)`.
+        gate_up_bias: `(E, 2I)`.
+        down: packed linear `(H, I)`.
+        down_bias: `(E, H)`.
+        activation: one of `ACTIVATIONS`.
+        group_size: input channels of one scale, a multiple of 128.
+    """
+    x, weights = x.contiguous(), top_k_weights.float().contiguous()
+    first, kept_first = _describe(gate_up, x.shape[1], group_size)
+    second, kept_second = _describe(down, gate_up.out_features // 2, group_size)
+    first_bias, first_dtype, kept_first_bias = _numbers(gate_up_bias)
+    second_bias, second_dtype, kept_second_bias = _numbers(down_bias)
     table: list[int] = []
     start = 0
-    for expert, count in blocks:
-        left = count * parts  # a block may end between two parts of a row: they are added up afterwards
-        while left:
-            size = min(left, MAX_ROWS)
-            table += (expert, start, size)
-            start += size
-            left -= size
-    linear, kept = _describe(packed, x.shape[1], group_size)
-    most = max(1, packed.pool_index.shape[0])
-    if packed.pool_index.shape[0]:
-        most = max(1, int(packed.pool_offset.diff().max()))
-    order = torch.tensor(table, dtype=torch.int64)
-    tiles = torch.empty(len(table) // 3, MAX_ROWS, stride, dtype=torch.bfloat16)
-    sums = torch.empty(len(table) // 3, packed.scale.shape[2], MAX_ROWS)
-    slots = torch.empty(rows.shape[0], most)
-    out = torch.empty(rows.shape[0], packed.out_features)
-    native.packed_rows(
-        ctypes.byref(linear), _pointer(order), ctypes.c_int64(len(table) // 3), _pointer(rows), ctypes.c_int64(stride),
-        _pointer(tiles), _pointer(sums), _pointer(slots), ctypes.c_int64(most), _pointer(out),
-        ctypes.c_int64(torch.get_num_threads()),
+    for expert, rows in many:
+        table += (expert, start, rows.shape[0])
+        start += rows.shape[0]
+    blocks, order = torch.tensor(table), torch.cat([rows for _, rows in many])
+    _loaded().packed_experts_many(
+        first, second, blocks.data_ptr(), len(many), order.data_ptr(), weights.data_ptr(), weights.shape[1],
+        x.data_ptr(), first_bias, first_dtype, second_bias, second_dtype, ACTIVATIONS.index(activation),
+        out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
-    del kept
-    return out if parts == 1 else out.view(-1, parts, packed.out_features).sum(dim=1)
+    del kept_first, kept_second, kept_first_bias, kept_second_bias
 
 
 def dequantize(packed: PackedTensors, expert: int, in_features: int, group_size: int) -> Tensor:
-    """The weight of one expert with the pool's channels, without its directions, `(N, K')` bfloat16 with `K'` up
-    to the next multiple of 128.
+    """The weight of one expert with the pool's channels, without its directions.
 
-    Columns past `in_features` have no meaning but are finite.
+    Returns:
+        `(N, K')` bfloat16 with `K'` up to the next multiple of 128. Columns past `in_features` have no meaning but are
+        finite.
     """
-    native = library()
-    assert native is not None
     linear, kept = _describe(packed, in_features, group_size)
     stride = -(-in_features // TILE) * TILE
     out = torch.empty(packed.out_features, stride, dtype=torch.bfloat16)
-    native.dequantize(
-        ctypes.byref(linear), ctypes.c_int64(expert), _pointer(out), ctypes.c_int64(stride),
-        ctypes.c_int64(torch.get_num_threads()),
-    )  # fmt: skip
+    _loaded().dequantize(linear, expert, out.data_ptr(), stride, torch.get_num_threads())
     del kept
     return out
 
 
-def _split(x: Tensor, parts: int) -> Tensor:
-    """`x` as a sum of bfloat16 numbers `(parts, R, K')`, zeros up to the next multiple of 128 channels."""
-    padding = -x.shape[1] % TILE
-    if parts == 1 and not padding:
-        return x.contiguous()[None]
-    out = x.new_zeros(parts, x.shape[0], x.shape[1] + padding, dtype=torch.bfloat16)
-    rest = x
-    for part in range(parts):
-        out[part, :, : x.shape[1]] = rest
-        if part + 1 < parts:
-            rest = rest.float() - out[part, :, : x.shape[1]].float()
-    return out
+def _loaded() -> ctypes.CDLL:
+    native = library()
+    assert native is not None
+    return native
 
 
 def _describe(packed: PackedTensors, in_features: int, group_size: int) -> tuple[_Linear, PackedTensors]:
     """The structure, and the contiguous tensors that it points to."""
     kept = PackedTensors(*(tensor.contiguous() for tensor in packed))
-    pointers = {name: tensor.data_ptr() for name, tensor in kept._asdict().items()}
-    sizes = dict(zip(_SIZES, (packed.out_features, in_features, packed.scale.shape[2], group_size), strict=True))
-    return _Linear(**pointers, **sizes), kept
+    pointers = (tensor.data_ptr() for tensor in kept)
+    return _Linear(*pointers, packed.out_features, in_features, packed.scale.shape[2], group_size), kept
 
 
-def _pointer(tensor: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr())
+def _numbers(bias: Tensor | None) -> tuple[int | None, int, Tensor | None]:
+    """Address and dtype of a bias, and the tensor that is there."""
+    if bias is None:
+        return None, 0, None
+    bias = (bias if bias.dtype in _DTYPES else bias.float()).contiguous()
+    return bias.data_ptr(), _DTYPES.index(bias.dtype), bias

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_compiler.kernels import cpu_native
-from moe_compiler.kernels.activation import gated
+from moe_compiler.kernels.activation import ACTIVATIONS, gated
 from moe_compiler.kernels.cpu_compile import is_worth_compiling
 from moe_compiler.kernels.cpu_dequantize import dense_linear
 from moe_compiler.kernels.cpu_gemv import RowBlock, gemv, row_blocks
@@ -58,11 +58,8 @@ class RowPlan:
     many: tuple[tuple[int, Tensor], ...]
 
 
-def plan_rows(expert_ids: Tensor, num_experts: int, native: bool = False) -> RowPlan:
-    """Sorts rows by expert and cuts them into blocks; ids of `num_experts` or more are in none.
-
-    The native kernels take any number of rows as one block, the others the sizes of `row_blocks`.
-    """
+def plan_rows(expert_ids: Tensor, num_experts: int) -> RowPlan:
+    """Sorts rows by expert and cuts them into blocks; ids of `num_experts` or more are in none."""
     order = torch.argsort(expert_ids, stable=True)
     blocks: list[RowBlock] = []
     many: list[tuple[int, Tensor]] = []
@@ -70,15 +67,42 @@ def plan_rows(expert_ids: Tensor, num_experts: int, native: bool = False) -> Row
     once: list[int] = []
     start = 0
     for expert, count in enumerate(torch.bincount(expert_ids, minlength=num_experts)[:num_experts].tolist()):
-        if count > (MAX_FEW_ROWS_NATIVE if native else MAX_FEW_ROWS):
+        if count > MAX_FEW_ROWS:
             many.append((expert, order[start : start + count]))
         elif count:
-            sizes = [count] if native else row_blocks(count)
+            sizes = row_blocks(count)
             blocks += [RowBlock(expert, rows) for rows in sizes]
             once += range(len(places), len(places) + count)
             places += [start + min(row, count - 1) for row in range(sum(sizes))]
         start += count
     return RowPlan(tuple(blocks), order[places], torch.tensor(once, dtype=torch.int64), tuple(many))
+
+
+def split_rows(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, tuple[tuple[int, Tensor], ...]]:
+    """Takes the experts with more rows than the native kernels take out.
+
+    Args:
+        expert_ids: `(R,)` int64.
+        num_experts: `E`.
+
+    Returns:
+        The ids, with `E` in the place of those experts', and those experts with their rows.
+    """
+    if expert_ids.shape[0] <= MAX_FEW_ROWS_NATIVE:
+        return expert_ids, ()
+    counts = torch.bincount(expert_ids, minlength=num_experts)[:num_experts]
+    if int(counts.max()) <= MAX_FEW_ROWS_NATIVE:
+        return expert_ids, ()
+    order = torch.argsort(expert_ids, stable=True)
+    starts = (counts.cumsum(0) - counts).tolist()
+    many = tuple(
+        (expert, order[starts[expert] : starts[expert] + count])
+        for expert, count in enumerate(counts.tolist())
+        if count > MAX_FEW_ROWS_NATIVE
+    )
+    few = expert_ids.clone()
+    few[torch.cat([rows for _, rows in many])] = num_experts
+    return few, many
 
 
 def packed_expert_linear(
@@ -90,11 +114,16 @@ def packed_expert_linear(
         CompilerUnavailableError: a kernel could not be compiled.
     """
     repeat = rows_per_input(x, expert_ids)
-    plan = plan_rows(expert_ids, packed.num_experts, cpu_native.serves(x, group_size))
-    out = x.new_zeros(expert_ids.shape[0], packed.out_features)
-    if plan.blocks:
-        out[plan.rows] = _few(packed, plan.blocks, x[plan.rows // repeat], bias, group_size).to(x.dtype)
-    for expert, rows in plan.many:
+    if cpu_native.serves(x, group_size):
+        few, many = split_rows(expert_ids, packed.num_experts)
+        out = cpu_native.expert_linear(x, few, packed, bias, group_size).to(x.dtype)
+    else:
+        plan = plan_rows(expert_ids, packed.num_experts)
+        many = plan.many
+        out = x.new_zeros(expert_ids.shape[0], packed.out_features)
+        if plan.blocks:
+            out[plan.rows] = _few(packed, plan.blocks, x[plan.rows // repeat], bias, group_size).to(x.dtype)
+    for expert, rows in many:
         out[rows] = _many(packed, expert, x[rows // repeat], bias, group_size).to(x.dtype)
     return out
 
@@ -114,18 +143,38 @@ def packed_experts(
 
     Raises:
         CompilerUnavailableError: a kernel could not be compiled.
+        ValueError: `activation` is not one that the operators know.
     """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"`activation` must be one of {', '.join(ACTIVATIONS)}, but is {activation!r}")
     top_k = top_k_index.shape[1]
-    weights = top_k_weights.reshape(-1, 1).float()
-    plan = plan_rows(top_k_index.reshape(-1), gate_up.num_experts, cpu_native.serves(x, group_size))
-    out = torch.zeros(x.shape, dtype=torch.float32)
-    if plan.blocks:
-        rows = plan.rows[plan.once]
-        hidden = _few(gate_up, plan.blocks, x[plan.rows // top_k], gate_up_bias, group_size)
-        hidden = gated(hidden, activation).to(x.dtype)
-        result = _few(down, plan.blocks, hidden, down_bias, group_size)
-        out.index_add_(0, rows // top_k, result[plan.once] * weights[rows])
-    for expert, rows in plan.many:
+    expert_ids = top_k_index.reshape(-1)
+    if cpu_native.serves(x, group_size):
+        few, many = split_rows(expert_ids, gate_up.num_experts)
+        out = cpu_native.experts(
+            x, few.view(-1, top_k), top_k_weights, gate_up, gate_up_bias, down, down_bias, activation, group_size,
+            torch.float32 if many else x.dtype,
+        )  # fmt: skip
+        if not many:
+            return out
+        if cpu_native.serves_many(x, group_size):
+            cpu_native.add_experts(
+                out, many, x, top_k_weights, gate_up, gate_up_bias, down, down_bias, activation, group_size
+            )
+            return out.to(x.dtype)
+        weights = top_k_weights.reshape(-1, 1).float()
+    else:
+        weights = top_k_weights.reshape(-1, 1).float()
+        plan = plan_rows(expert_ids, gate_up.num_experts)
+        many = plan.many
+        out = torch.zeros(x.shape, dtype=torch.float32)
+        if plan.blocks:
+            rows = plan.rows[plan.once]
+            hidden = _few(gate_up, plan.blocks, x[plan.rows // top_k], gate_up_bias, group_size)
+            hidden = gated(hidden, activation).to(x.dtype)
+            result = _few(down, plan.blocks, hidden, down_bias, group_size)
+            out.index_add_(0, rows // top_k, result[plan.once] * weights[rows])
+    for expert, rows in many:
         hidden = gated(_many(gate_up, expert, x[rows // top_k], gate_up_bias, group_size), activation)
         result = _many(down, expert, hidden, down_bias, group_size)
         out.index_add_(0, rows // top_k, result * weights[rows])
@@ -136,12 +185,9 @@ def _few(
     packed: PackedTensors, blocks: tuple[RowBlock, ...], x: Tensor, bias: Tensor | None, group_size: int
 ) -> Tensor:
     """Experts' linears of a few rows each, `(R', N)` float32, for `x` `(R', K)`."""
-    if cpu_native.serves(x, group_size):
-        out = cpu_native.few_rows(packed, [(block.expert, block.rows) for block in blocks], x, group_size)
-    else:
-        x = x.float()
-        out = gemv(packed, blocks, x, group_size)
-        _add_pools(out, packed, blocks, x)
+    x = x.float()
+    out = gemv(packed, blocks, x, group_size)
+    _add_pools(out, packed, blocks, x)
     if bias is not None:
         experts = torch.tensor([block.expert for block in blocks])
         out += bias[experts.repeat_interleave(torch.tensor([block.rows for block in blocks]))]

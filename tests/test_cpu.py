@@ -206,6 +206,15 @@ def test_one_kernel_serves_any_number_of_experts_and_planes() -> None:
     assert len(cpu_compile._state.kernels) == 1
 
 
+@pytest.mark.parametrize("rows", [1, MAX_FEW_ROWS + 1])
+def test_a_kernel_compiled_for_one_group_a_row_serves_two(rows: int) -> None:
+    for group_size in (256, 128):
+        packed = random_packed([4], 16, 256, group_size=group_size, seed=group_size)
+        ids = torch.zeros(rows, dtype=torch.int64)
+        arguments = op_arguments(packed, torch.randn(rows, 256), ids)
+        assert_close(ops.packed_expert_linear(*arguments), packed_expert_linear_reference(*arguments))
+
+
 def test_threads_share_one_compilation() -> None:
     packed = random_packed([4], 16, 128, group_size=128)
     arguments = op_arguments(packed, torch.randn(1, 128), torch.zeros(1, dtype=torch.int64))

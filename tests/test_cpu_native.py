@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from packed import random_packed
 
 from moe_compiler.kernels import cpu_native, cpu_packed, ops
+from moe_compiler.kernels.activation import ACTIVATIONS
 from moe_compiler.kernels.cpu_compile import set_compile_threshold
 from moe_compiler.kernels.reference import packed_expert_linear_reference, packed_experts_reference
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 needs_native = pytest.mark.skipif(
-    not cpu_native.cpu_flags() >= cpu_native._NEEDED, reason="the CPU has no AVX512-BF16: other kernels run there"
+    not cpu_native.cpu_flags() >= cpu_native._NEEDED, reason="the CPU has no AVX512-VNNI: other kernels run there"
 )
 
 
@@ -41,7 +42,7 @@ def test_few_rows_equal_the_oracle(  # type: ignore[no-untyped-def]
     blocks = [(number % len(bits), count) for number, count in enumerate(counts)]
     ids = torch.tensor([expert for expert, count in blocks for _ in range(count)])
     x = torch.randn(ids.shape[0], in_features, generator=torch.Generator().manual_seed(0)).to(dtype)
-    out = cpu_native.few_rows(packed.tensors, blocks, x, group_size)
+    out = cpu_native.expert_linear(x, ids, packed.tensors, None, group_size)
     expected = packed_expert_linear_reference(x.double(), ids, list(packed.tensors), None, group_size)
     assert out.dtype == torch.float32
     assert float((out - expected).abs().max()) <= 1e-5 * max(float(expected.abs().max()), 1.0)
@@ -68,8 +69,8 @@ def test_a_layer_takes_them(dtype: torch.dtype, tokens: int, directions: int, mo
     gate_up = random_packed([2, 4, 8], 256, 128, slots=4, directions=directions, group_size=128, seed=1)
     down = random_packed([8, 2, 6], 128, 128, slots=4, directions=directions, group_size=128, seed=2)
     calls = []
-    real = cpu_native.few_rows
-    monkeypatch.setattr(cpu_native, "few_rows", lambda *a: calls.append(1) or real(*a))
+    real = cpu_native.experts
+    monkeypatch.setattr(cpu_native, "experts", lambda *a: calls.append(1) or real(*a))
     x = torch.randn(tokens, 128).to(dtype) / 8
     index = torch.randint(0, 4, (tokens, 2))  # 3 is another rank's
     biases = [torch.randn(3, n).to(dtype) for n in (256, 128)]
@@ -80,6 +81,58 @@ def test_a_layer_takes_them(dtype: torch.dtype, tokens: int, directions: int, mo
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     assert float((actual - expected).abs().max() / expected.abs().max()) < tolerance
     assert calls or tokens == 80 or not bool((index < 3).any())
+
+
+@needs_native
+@pytest.mark.parametrize("most", [0, 3])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_layer_of_any_size_and_activation(
+    dtype: torch.dtype, activation: str, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to `most` rows of an expert are few: experts of both kinds in one layer, odd sizes, low-rank slots."""
+    monkeypatch.setattr(cpu_packed, "MAX_FEW_ROWS_NATIVE", most)
+    gate_up = random_packed([2, 4, 6, 8], 2 * 37, 150, slots=4, directions=3, group_size=128, seed=1)
+    down = random_packed([8, 6, 4, 2], 150, 37, slots=4, directions=3, group_size=128, seed=2)
+    x = torch.randn(23, 150, generator=torch.Generator().manual_seed(0)).to(dtype) / 8
+    index = torch.tensor([[token % 5, 3 * (token % 2)] for token in range(23)])  # 4 is another rank's
+    biases = [torch.randn(4, n).to(torch.float64 if dtype == torch.float32 else dtype) for n in (74, 150)]
+    arguments = (
+        x, index, torch.rand(23, 2), list(gate_up.tensors), biases[0], list(down.tensors), biases[1], activation, 128,
+    )  # fmt: skip
+    actual, expected = ops.packed_experts(*arguments), packed_experts_reference(*arguments)
+    assert actual.dtype == dtype
+    tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
+    assert float((actual - expected).abs().max() / expected.abs().max()) < tolerance
+
+
+def test_the_native_code_knows_every_activation() -> None:
+    assert set(cpu_native.ACTIVATIONS) == set(ACTIVATIONS)
+
+
+@needs_native
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_a_row_that_is_not_finite_spoils_no_other(rows: int, broken: float) -> None:
+    packed = random_packed([4], 20, 200, slots=2, group_size=128).tensors
+    x, ids = torch.randn(rows + 1, 200), torch.zeros(rows + 1, dtype=torch.int64)
+    x[0, 7] = broken
+    out = ops.packed_expert_linear(x, ids, list(packed), None, 128)
+    assert not bool(torch.isfinite(out[0]).any())
+    assert bool(torch.isfinite(out[1:]).all())
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e30])
+def test_inputs_of_any_size(scale: float, dtype: torch.dtype) -> None:
+    scale = min(scale, 1e3) if dtype == torch.float16 else scale
+    packed = random_packed([2, 8], 20, 200, group_size=128).tensors
+    x = (torch.randn(3, 200) * scale).to(dtype)
+    ids = torch.tensor([0, 1, 1])
+    out = cpu_native.expert_linear(x, ids, packed, None, 128)
+    expected = packed_expert_linear_reference(x.double(), ids, list(packed), None, 128)
+    assert float((out - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
 
 
 @needs_native
@@ -99,14 +152,14 @@ def test_threads_do_not_disturb_each_other() -> None:
 @needs_native
 def test_without_tile_registers_vectors_do_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv(cpu_native.CACHE_VARIABLE, str(tmp_path))
-    monkeypatch.setattr(cpu_native, "_FLAGS", (*cpu_native._FLAGS, "-mno-amx-bf16", "-mno-amx-tile"))
+    monkeypatch.setattr(cpu_native, "_FLAGS", (*cpu_native._FLAGS, "-mno-amx-int8", "-mno-amx-bf16", "-mno-amx-tile"))
     packed = random_packed([2, 4, 6, 8], 33, 200, slots=5, directions=3, group_size=128)
     blocks = [(0, 1), (1, 2), (2, 3), (3, 7)]
     ids = torch.tensor([expert for expert, count in blocks for _ in range(count)])
     x = torch.randn(ids.shape[0], 200)
     cpu_native._library.cache_clear()
     try:
-        out = cpu_native.few_rows(packed.tensors, blocks, x, 128)
+        out = cpu_native.expert_linear(x, ids, packed.tensors, None, 128)
     finally:
         cpu_native._library.cache_clear()
     expected = packed_expert_linear_reference(x.double(), ids, list(packed.tensors), None, 128)
