@@ -176,13 +176,26 @@ def _round(values: Tensor, scale: Tensor, zero_point: Tensor, top: int) -> Tenso
     return (values / scale).add_(zero_point).round_().clamp_(0, top)
 
 
+def storable_range(scale: Tensor, offset: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Return the storable scale and zero point nearest to weights `scale·code + offset`.
+
+    Args:
+        scale: any shape, float32, positive.
+        offset: the same shape, the value of code 0.
+        bits: width of a code, 2 to 8.
+
+    Returns:
+        Scale and zero point as in `QuantizedWeight`; a scale is infinite where float16 cannot hold it.
+    """
+    scale = scale.clamp_min(_MIN_SCALE).half().float()
+    step = zero_point_step(bits)
+    return scale, (offset / (-step * scale)).round_().mul_(step).clamp_(0, 2**bits - step)
+
+
 def _from_range(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Storable scale and zero point of the ranges `low .. high`; infinite where float16 cannot hold it."""
     top = 2**bits - 1
-    scale = (high / top - low / top).clamp_min_(_MIN_SCALE).half().float()
-    step = zero_point_step(bits)
-    zero_point = (low / (-step * scale)).round_().mul_(step).clamp_(0, 2**bits - step)
-    return scale, zero_point
+    return storable_range(high / top - low / top, low, bits)
 
 
 def _search(values: Tensor, weights: Tensor, bits: int, steps: int) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from moe_compiler.kernels.affine import QuantizedWeight, choose_qparams
+from moe_compiler.passes.descent import Rounded, descend
 from moe_compiler.passes.hessian import check_hessian, compensation
 from moe_compiler.passes.rtn import check_weight, empty_quantized
 
@@ -26,6 +27,7 @@ def quantize_gptq(
     damping: float = 0.05,
     act_order: bool = True,
     refine: int = 1,
+    sweeps: int = 3,
     max_bytes: int = 1 << 30,
 ) -> QuantizedWeight:
     """Quantize every expert's weights with GPTQ (method: GPTQ, arXiv 2210.17323).
@@ -39,6 +41,7 @@ def quantize_gptq(
     - `act_order` rounds the groups, and the columns of each group, by descending Hessian diagonal (after GAR,
       arXiv 2505.14638). Groups stay contiguous, so codes are stored in natural order and ranges still see
       compensated weights. Ordering all columns needs ranges fixed beforehand, and lost at 2 bits.
+    - What GPTQ leaves is lowered further by `sweeps` of coordinate descent, see `moe_compiler.passes.descent`.
     - The default damping is 0.05, not GPTQ's 0.01: a few per cent more error on the data calibrated on, slightly
       less on other text of the same domains, and about 5 % less on other domains.
 
@@ -46,10 +49,11 @@ def quantize_gptq(
         weight: `(E, N, K)`, any floating dtype; not modified.
         hessian: `(E, K, K)`, as from `blend_hessians`; not modified.
         bits: one width per expert, 2 to 8.
-        group_size: `G`, 32, 64 or 128; the last group holds what is left of `K`.
+        group_size: `G`, one of `moe_compiler.passes.rtn.GROUP_SIZES`; the last group holds what is left of `K`.
         damping: fraction of the mean Hessian diagonal that is added to it.
         act_order: round groups and their columns in the order of their Hessian diagonals.
         refine: how often each group's range is searched again.
+        sweeps: how often all groups are visited again after the last is rounded; 0 is GPTQ alone.
         max_bytes: bound on the working memory; experts are processed in chunks that fit, at least one at a time.
 
     Returns:
@@ -63,10 +67,12 @@ def quantize_gptq(
     check_hessian(hessian, E, K)
     if not damping >= 0:
         raise ValueError(f"`damping` must not be negative, got {damping}")
+    if sweeps < 0:
+        raise ValueError(f"`sweeps` must not be negative, got {sweeps}")
     result = empty_quantized(weight, bits, group_size)
     for width, experts in _chunks(result.bits, max(1, max_bytes // _expert_bytes(N, K, group_size))):
         chosen = torch.tensor(experts, device=weight.device)
-        chunk = _quantize_chunk(weight[chosen], hessian[chosen], width, group_size, damping, act_order, refine)
+        chunk = _quantize_chunk(weight[chosen], hessian[chosen], width, group_size, damping, act_order, refine, sweeps)
         result.codes[chosen], result.scale[chosen], result.zero_point[chosen] = chunk
     return result
 
@@ -139,7 +145,14 @@ class _Rounding:
 
 
 def _quantize_chunk(
-    weight: Tensor, hessian: Tensor, bits: int, group_size: int, damping: float, act_order: bool, refine: int
+    weight: Tensor,
+    hessian: Tensor,
+    bits: int,
+    group_size: int,
+    damping: float,
+    act_order: bool,
+    refine: int,
+    sweeps: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes, scales and zero points of a few experts of equal width."""
     E, N, K = weight.shape
@@ -149,7 +162,7 @@ def _quantize_chunk(
     places = order.unsqueeze(-1).expand(E, K, N)
     columns = weight.float().mT.gather(1, places)
     errors = torch.empty_like(columns)
-    codes = torch.empty(E, K, N, dtype=torch.uint8, device=weight.device)
+    codes = torch.empty_like(columns)
     scales, zero_points = [], []
     for start in range(0, K, group_size):
         part = slice(start, start + group_size)
@@ -161,15 +174,17 @@ def _quantize_chunk(
         for _ in range(refine):
             best = _better(best, _round_group(group, best.rounded))
         errors[:, part] = best.errors
-        codes.scatter_(1, places[:, part], best.codes.to(torch.uint8))
+        codes[:, part] = best.codes
         scales.append(best.scale)
         zero_points.append(best.zero_point)
-    back = group_order.argsort(dim=-1).unsqueeze(1).expand(E, N, -1)
-    return (
-        codes.mT,
-        torch.stack(scales, dim=-1).gather(2, back),
-        torch.stack(zero_points, dim=-1).gather(2, back),
-    )
+    rounded = Rounded(codes, torch.stack(scales, dim=1), torch.stack(zero_points, dim=1), bits, group_size)
+    if sweeps:
+        damped = (factor * pivot.unsqueeze(1)) @ factor.mT
+        rounded = descend(columns, damped, rounded, sweeps)
+    back = group_order.argsort(dim=-1).unsqueeze(-1).expand(E, -1, N)
+    natural = torch.empty(E, K, N, dtype=torch.uint8, device=weight.device)
+    natural.scatter_(1, places, rounded.codes.to(torch.uint8))
+    return natural.mT, rounded.scale.gather(1, back).mT, rounded.zero_point.gather(1, back).mT
 
 
 def _round_group(group: _Group, ranged: Tensor) -> _Rounding:

@@ -33,7 +33,7 @@ def quantize_hqq(
     Args:
         weight: `(E, N, K)`, any floating dtype; not modified.
         bits: one width per expert, 2 to 8.
-        group_size: `G`, 32, 64 or 128; the last group holds what is left of `K`.
+        group_size: `G`, one of `moe_compiler.passes.rtn.GROUP_SIZES`; the last group holds what is left of `K`.
         norm: exponent of the error, in `(0, 1]`; small ones forgive outliers.
         beta: weight of the quadratic penalty, positive.
         kappa: growth of `beta` per iteration, at least 1.

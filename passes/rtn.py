@@ -9,8 +9,8 @@ from torch import Tensor
 
 from moe_compiler.kernels.affine import QuantizedWeight, choose_qparams, quantize
 
-GROUP_SIZES = (32, 64, 128)
-"""The group sizes that the packed format stores."""
+GROUP_SIZES = (32, 64, 128, 256, 512, 1024)
+"""The group sizes to choose from; a linear with fewer inputs than one has one group per row."""
 
 
 def check_weight(weight: Tensor, bits: Sequence[int], group_size: int) -> None:
@@ -53,7 +53,7 @@ def quantize_rtn(
     Args:
         weight: `(E, N, K)`, any floating dtype; not modified.
         bits: one width per expert, 2 to 8.
-        group_size: `G`, 32, 64 or 128.
+        group_size: `G`, one of `GROUP_SIZES`.
         importance: `(E, K)`, weights of the input channels' square errors in the range search.
 
     Returns:
