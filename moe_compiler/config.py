@@ -34,7 +34,7 @@ class CompileConfig:
             experts that the calibration data do not use.
         token_weight_alpha: exponent of the token weights (MoQa eq. 2), or `None` for weight 1. The strategy `"moqa"`
             uses 0.3 where this is `None`.
-        group_size: input channels that share a scale and a zero point: 32, 64 or 128.
+        group_size: input channels that share a scale and a zero point: 32, 64, 128, 256, 512 or 1,024.
         quantizer: `"gptq"`, `"rtn"` or `"hqq"`.
         shared_bits: width of the linears of shared experts.
         pool: what the slots of the pools can hold: with `"lowrank"` corrections of rank one, single channels among
@@ -53,15 +53,18 @@ class CompileConfig:
         tokens_per_batch: upper bound of the tokens in one forward pass of calibration.
         hessian_memory_bytes: upper bound of the memory for Hessians, which are held twice while they are collected;
             the layers are quantized in windows of as many as fit (at least one).
+        router_tokens: calibration tokens on which the routers are refitted after quantizing, so that tokens find the
+            experts that they found before; 0 leaves the routers as they are. The inputs of every router are kept
+            meanwhile, `2·H` bytes per token and layer in a 16-bit model.
         seed: of the strategy `"random"` and of everything else that draws.
     """
 
-    strategy: str = "dynamo"
+    strategy: str = "budget"
     target_bits: float | None = 3.2
     widths: tuple[int, ...] | None = None
     uniform_bits: int | None = None
     overlap: float = 0.2
-    insurance: float = 0.3
+    insurance: float = 0.2
     token_weight_alpha: float | None = None
     group_size: int = 128
     quantizer: str = "gptq"
@@ -74,6 +77,7 @@ class CompileConfig:
     sequence_length: int = 512
     tokens_per_batch: int = 4096
     hessian_memory_bytes: int = 4 << 30
+    router_tokens: int = 8192
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -116,7 +120,12 @@ class CompileConfig:
             raise ValueError(f"`rule` must not be {self.rule!r} where `master` is 'cache': it needs whole weights")
         if self.insurance < 0:
             raise ValueError(f"`insurance` must not be negative, but is {self.insurance}")
-        for name, least in (("sequence_length", 2), ("tokens_per_batch", 2), ("hessian_memory_bytes", 1)):
+        for name, least in (
+            ("sequence_length", 2),
+            ("tokens_per_batch", 2),
+            ("hessian_memory_bytes", 1),
+            ("router_tokens", 0),
+        ):
             if getattr(self, name) < least:
                 raise ValueError(f"`{name}` must be at least {least}, but is {getattr(self, name)}")
 

@@ -19,7 +19,7 @@ def assign(
     widths: Sequence[int] | None = None,
     seed: int = 0,
     overlap: float = 0.2,
-    insurance: float = 0.3,
+    insurance: float = 0.2,
     uniform_bits: int | None = None,
     pattern_threshold: float = 0.5,
     channel_fraction: float = 0.02,

@@ -34,9 +34,10 @@ RELATIVE_GAP = 1e-6  # HiGHS may stop this close to the optimum
 def relative_errors(evidence: LayerEvidence, linear: str, widths: Sequence[int], insurance: float) -> Tensor:
     """Return the error of each expert of a linear at each width, summed over datasets, with insurance.
 
-    `Σ_d errors[width][d, e] / Σ_e' signal[d, e']` is the expert's share of the linear's relative squared
-    output error (dimensionless), so that every dataset weighs the same whatever its number of tokens. A
-    dataset without signal is left out. Our decision: *insurance* adds `insurance` times the mean of that over
+    `sensitivity · Σ_d errors[width][d, e] / Σ_e' signal[d, e']` is the expert's share of the linear's relative
+    squared output error (dimensionless), so that every dataset weighs the same whatever its number of tokens,
+    times what such an error costs in this layer (see `moe_compiler.passes.sensitivity`). A dataset without
+    signal is left out. Our decision: *insurance* adds `insurance` times the mean of that over
     the experts, at that width: an allocation fitted to the datasets seen starves the experts that only unseen
     data use. The experts of a linear have equally many weights, so that each weight is insured alike.
 
@@ -64,7 +65,7 @@ def relative_errors(evidence: LayerEvidence, linear: str, widths: Sequence[int],
         share = torch.where(signal > 0, measured[width].double() / torch.where(signal > 0, signal, 1.0), 0.0)
         per_expert = ordered_sum(share.T)
         columns.append(per_expert + insurance * ordered_sum(per_expert) / per_expert.numel())
-    return torch.stack(columns, dim=1)
+    return evidence.sensitivity * torch.stack(columns, dim=1)
 
 
 def solve_budget(

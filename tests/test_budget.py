@@ -131,6 +131,8 @@ def test_relative_errors_worked_example() -> None:
     # half of the mean of each width, 0.4 and 0.1
     insured = plain + torch.tensor([0.2, 0.05])
     torch.testing.assert_close(relative_errors(layer, name, (2, 4), 0.5), insured)
+    sensitive = replace(layer, sensitivity=3.0)
+    torch.testing.assert_close(relative_errors(sensitive, name, (2, 4), 0.5), 3 * insured)
 
 
 def test_relative_errors_names_what_was_not_measured() -> None:

@@ -22,7 +22,7 @@ BAD = [
     ({"widths": ()}, r"`widths` must be some of (2, 4, 6, 8), but is ()"),
     ({"uniform_bits": 5}, "`uniform_bits` must be one of None, 2, 4, 6, 8, but is 5"),
     ({"shared_bits": 3}, "`shared_bits` must be one of 2, 4, 6, 8, but is 3"),
-    ({"group_size": 100}, "`group_size` must be one of 32, 64, 128, but is 100"),
+    ({"group_size": 100}, "`group_size` must be one of 32, 64, 128, 256, 512, 1024, but is 100"),
     ({"target_bits": 0}, "`target_bits` must lie in (0, 16], but is 0"),
     ({"pool_fraction": 1.5}, "`pool_fraction` must lie in [0, 1], but is 1.5"),
     ({"overlap": -0.1}, "`overlap` must lie in [0, 1], but is -0.1"),
