@@ -31,8 +31,9 @@ class _Hold:
 class ForwardLock:
     """Many forward passes at a time, or one change, which goes first where both wait. A thread's holds nest.
 
-    A forward pass that raised never ends. Its hold is dropped when its thread begins another, changes the state itself,
-    or dies; a change that waits for a thread which does none of these gives up after its time.
+    A forward pass that raised does not get to its `end`. A forward hook ends it, but not in a compiled graph; there its
+    hold is dropped when its thread begins another, changes the state itself, leaves a `hold`, or dies. A change that
+    waits for a thread which does none of these gives up after its time.
 
     Attributes:
         number: what the operators call the lock. Copies of a model share it.
@@ -139,8 +140,9 @@ class ForwardLock:
                     left = deadline - time.monotonic()
                     if left <= 0:
                         raise RuntimeError(
-                            f"the model was still running in {busy} after {timeout:g} s, or a forward pass raised "
-                            "there and the thread began no other; nothing was changed"
+                            f"the model was still running in {busy} after {timeout:g} s; nothing was changed. If a "
+                            "compiled forward pass raised there, run the model once more in that thread; call it "
+                            "inside `with model.runtime.hold():`, which errors end, and this cannot happen"
                         )
                     self._condition.wait(min(left, _POLL_SECONDS))
                 self._writer = me

@@ -113,11 +113,11 @@ def choose_layer(
     for linear, packed in layer.experts.all_packed().items():
         master = layer.masters[linear]
         sums = statistics.linears[linear]
-        seen = None
+        seen, images = None, dict[int, Tensor]()
         if needs(rule) == "hessian":
             seen = moments[linear] if moments is not None else _hessians(sums, statistics.count, rule)
         if rule == "lowrank" and seen is not None:
-            pool = lowrank(master, packed, seen)
+            pool = lowrank(master, packed, seen, sums.sq_sum, images)
         elif rule == "compensate" and seen is not None:
             pool = compensate(master, packed, sums.sq_sum, seen)
         elif rule == "restore":
@@ -125,7 +125,7 @@ def choose_layer(
         else:
             significance = channel_significance(sums, master.column_norm.double().to(sums.abs_sum.device))
             pool = recluster(master, packed, significance, plan.bits[linear], sums.sq_sum)
-        before, after = _errors(master, packed, (packed.pool, pool), sums.sq_sum, seen)
+        before, after = _errors(master, packed, (packed.pool, pool), sums.sq_sum, seen, images)
         pools[linear] = pool
         changes.append(
             LinearChange(
@@ -155,10 +155,11 @@ def _errors(
     pools: tuple[ChannelPool, ChannelPool],
     energy: Tensor,
     moments: SecondMoments | None,
+    images: Mapping[int, Tensor],
 ) -> tuple[float, float]:
     """The error before and after: with correlations between channels where second moments are known."""
     if moments is not None:
-        before, after = output_errors(master, packed, pools, moments)
+        before, after = output_errors(master, packed, pools, moments, energy, images)
     else:
         before, after = (expected_error(master, packed, pool, energy) for pool in pools)
     return before, after

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -148,7 +148,25 @@ class Checkpoint:
         Raises:
             ValueError: there are none, or they cannot be read.
         """
-        folder = _folder(model)
+        config: Any = getattr(model, "config", None)
+        name = str(getattr(model, "name_or_path", "") or getattr(config, "_name_or_path", "") or "")
+        try:
+            return cls.named(name, getattr(config, "_commit_hash", None))
+        except ValueError as error:
+            raise ValueError(f"{error}: {_ADVICE}") from error
+
+    @classmethod
+    def named(cls, name: str, revision: str | None = None) -> Checkpoint:
+        """The files of a model in a folder, or of a model of the hub in the local cache; nothing is downloaded.
+
+        Args:
+            name: the folder, or the name of the hub's repository.
+            revision: of the repository, a branch or a commit; that of `main` if `None`.
+
+        Raises:
+            ValueError: there are none, or they cannot be read.
+        """
+        folder = _folder(name, revision)
         names = [_SINGLE]
         try:
             if (folder / _INDEX).is_file():
@@ -157,7 +175,7 @@ class Checkpoint:
             for name in names:
                 tensors |= _read_header(folder / name)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-            raise ValueError(f"the safetensors files in {folder} cannot be read ({error}): {_ADVICE}") from error
+            raise ValueError(f"the safetensors files in {folder} cannot be read ({error})") from error
         return cls(folder, tensors)
 
     def find(self, path: str, name: str, weight: Tensor) -> CheckpointWeight:
@@ -171,18 +189,39 @@ class Checkpoint:
         Raises:
             ValueError: no tensors agree with `weight`.
         """
-        for candidate in self._candidates(path, name, weight):
-            if candidate.agrees(weight):
-                return candidate
-        raise ValueError(
-            f"no tensor in {self.folder} agrees with the weights of `{path}.{name}` in memory, {tuple(weight.shape)} "
-            f"{weight.dtype}: the model's weights are not those of the files, or the files have a form that is not "
-            f"known; {_ADVICE}"
-        )
+        found = self.match(path, name, tuple(weight.shape), weight.dtype, lambda one: one.agrees(weight))
+        if found is None:
+            raise ValueError(
+                f"no tensor in {self.folder} agrees with the weights of `{path}.{name}` in memory, "
+                f"{tuple(weight.shape)} {weight.dtype}: the model's weights are not those of the files, or the files "
+                f"have a form that is not known; {_ADVICE}"
+            )
+        return found
 
-    def _candidates(self, path: str, name: str, weight: Tensor) -> Iterator[CheckpointWeight]:
+    def match(
+        self,
+        path: str,
+        name: str,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        agrees: Callable[[CheckpointWeight], bool],
+    ) -> CheckpointWeight | None:
+        """The first of the tensors that may be the weights of one linear, by shape and name, for which `agrees` holds.
+
+        Args:
+            path: module path of the experts.
+            name: the linear: `"gate_up_proj"`, `"up_proj"` or `"down_proj"`.
+            shape: `(E, N, K)`.
+            dtype: what to convert the weights to.
+            agrees: says whether these are the weights.
+        """
+        return next((one for one in self._candidates(path, name, shape, dtype) if agrees(one)), None)
+
+    def _candidates(
+        self, path: str, name: str, shape: tuple[int, ...], dtype: torch.dtype
+    ) -> Iterator[CheckpointWeight]:
         """What may be the weights, by shape and by the numbers in its name."""
-        shape, numbers = tuple(weight.shape), _numbers(path)
+        numbers = _numbers(path)
         experts, rows, columns = shape
         for key, tensor in self.tensors.items():
             if _numbers(key) != numbers:
@@ -190,7 +229,7 @@ class Checkpoint:
             for is_transposed, wanted in ((False, shape), (True, (experts, columns, rows))):
                 if tensor.shape == wanted:
                     stacked = tuple((tensor[expert],) for expert in range(experts))
-                    yield CheckpointWeight(stacked, is_transposed, weight.dtype, rows)
+                    yield CheckpointWeight(stacked, is_transposed, dtype, rows)
         single: dict[str, dict[tuple[int, str], StoredTensor]] = {}
         for key, tensor in self.tensors.items():
             match = _PER_EXPERT.fullmatch(key)
@@ -204,25 +243,23 @@ class Checkpoint:
                 parts = tuple(tuple(found[expert, linear] for linear in linears) for expert in range(experts))
                 wanted = (rows // len(linears), columns)
                 if all(part.shape == wanted for expert in parts for part in expert):
-                    yield CheckpointWeight(parts, False, weight.dtype, rows)
+                    yield CheckpointWeight(parts, False, dtype, rows)
 
 
-def _folder(model: nn.Module) -> Path:
-    """The folder that `model` was loaded from."""
-    config: Any = getattr(model, "config", None)
-    name = str(getattr(model, "name_or_path", "") or getattr(config, "_name_or_path", "") or "")
+def _folder(name: str, revision: str | None) -> Path:
+    """The folder that a name stands for."""
     if name and Path(name).is_dir():
         return Path(name).resolve()
     if name and not Path(name).is_absolute():
         for file in (_INDEX, _SINGLE):
             try:
-                cached = try_to_load_from_cache(name, file, revision=getattr(config, "_commit_hash", None))
+                cached = try_to_load_from_cache(name, file, revision=revision)
             except ValueError:  # the name cannot be that of a repository
                 break
             if isinstance(cached, str):
                 return Path(cached).parent
     where = f"{name!r}, which it came from, is no folder and is not in the local cache" if name else "came from nowhere"
-    raise ValueError(f"there are no safetensors files of the model: {where}: {_ADVICE}")
+    raise ValueError(f"there are no safetensors files of the model: {where}")
 
 
 def _read_header(path: Path) -> dict[str, StoredTensor]:

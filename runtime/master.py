@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from moe_compiler.kernels.experts import PackedExpertLinear
 from moe_compiler.runtime.checkpoint import CheckpointWeight
+
+_DETACHED = "a saved model does not hold the original weights: call `model.runtime.attach_master` with their model"
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,6 +26,10 @@ class LinearMaster(ABC):
 
     error: Tensor
     column_norm: Tensor
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LinearMaster:
+        """The same object: nothing writes a master's tensors, so that copies of a model share them."""
+        return self
 
     @property
     @abstractmethod
@@ -42,7 +49,7 @@ class LinearMaster(ABC):
 
     @abstractmethod
     def weight(self, expert: int) -> Tensor:
-        """The whole original weight of one expert, `(N, K)` float32.
+        """The whole original weight of one expert, `(N, K)`, in the model's own precision.
 
         Raises:
             ValueError: the master keeps single columns only, see `whole`.
@@ -52,6 +59,11 @@ class LinearMaster(ABC):
     @abstractmethod
     def whole(self) -> bool:
         """Whether whole weights can be had."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """The model's own precision."""
 
     @property
     @abstractmethod
@@ -116,6 +128,11 @@ class CacheMaster(LinearMaster):
         return False
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The model's own precision."""
+        return self.kept_columns.dtype
+
+    @property
     def _held(self) -> tuple[Tensor, ...]:
         return self.kept_places, self.kept_columns
 
@@ -165,6 +182,11 @@ class MemoryMaster(LinearMaster):
         return True
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The model's own precision."""
+        return self.original.dtype
+
+    @property
     def _held(self) -> tuple[Tensor, ...]:
         return (self.original,)
 
@@ -173,8 +195,8 @@ class MemoryMaster(LinearMaster):
         return original_columns(self.original, places).float()
 
     def weight(self, expert: int) -> Tensor:
-        """The whole original weight of one expert, `(N, K)` float32."""
-        return self.original[expert].float()
+        """The whole original weight of one expert, `(N, K)`, by reference."""
+        return self.original[expert]
 
 
 @dataclass(frozen=True, eq=False)
@@ -205,6 +227,11 @@ class CheckpointMaster(LinearMaster):
         return True
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The model's own precision."""
+        return self.source.dtype
+
+    @property
     def _held(self) -> tuple[Tensor, ...]:
         return ()
 
@@ -219,16 +246,54 @@ class CheckpointMaster(LinearMaster):
         columns = torch.empty(places.shape[0], self.source.out_features)
         for expert in experts.unique().tolist():
             mine = (experts == expert).nonzero().squeeze(1)
-            columns[mine] = self.weight(expert)[:, places[mine] % channels].t()
+            columns[mine] = self.weight(expert)[:, places[mine] % channels].t().float()
         return columns
 
     def weight(self, expert: int) -> Tensor:
-        """The whole original weight of one expert, `(N, K)` float32.
+        """The whole original weight of one expert, `(N, K)`, in the model's own precision.
 
         Raises:
             RuntimeError: a file has changed or gone, see `CheckpointWeight.read`.
         """
-        return self.source.read(expert).float()
+        return self.source.read(expert)
+
+
+@dataclass(frozen=True, eq=False)
+class DetachedMaster(LinearMaster):
+    """What is left of a master of whole weights in a saved model: what they were like, not where they are.
+
+    Attributes:
+        original_dtype: the model's own precision.
+    """
+
+    original_dtype: torch.dtype
+
+    @property
+    def places(self) -> Tensor:
+        """`0 .. E·K − 1`, once the weights are attached."""
+        return torch.arange(self.error.numel())
+
+    @property
+    def whole(self) -> bool:
+        """Whether whole weights can be had, once they are attached: always."""
+        return True
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The model's own precision."""
+        return self.original_dtype
+
+    @property
+    def _held(self) -> tuple[Tensor, ...]:
+        return ()
+
+    def columns(self, places: Tensor) -> Tensor:
+        """Refused: the weights are not attached."""
+        raise RuntimeError(_DETACHED)
+
+    def weight(self, expert: int) -> Tensor:
+        """Refused: the weights are not attached."""
+        raise RuntimeError(_DETACHED)
 
 
 def channel_error(weight: Tensor, packed: PackedExpertLinear) -> Tensor:

@@ -10,6 +10,7 @@ from torch import nn
 
 from moe_compiler.passes.base import Progress
 from moe_compiler.passes.calibrate import Dataset, ObservedModel
+from moe_compiler.passes.finish import finish_from_observers
 from moe_compiler.passes.keep_rows import keep_rows
 from moe_compiler.passes.moments import SecondMoments
 from moe_compiler.passes.statistics import BlockStatistics
@@ -79,6 +80,7 @@ def observe_layers(
         used += need
     for window in windows:
         observed = ObservedModel.of(model, {path: layer.block for path, layer in window.items()})
+        finish_from_observers(observed)
         recorders = keep_rows(observed) if with_moments else {}
         seen = observed.observe(dataset, name=name, tokens_per_batch=tokens_per_batch, progress=progress)
         for path in window:

@@ -7,10 +7,13 @@ file of another model, or one that was cut or changed, is refused before anythin
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import hashlib
 import json
 import os
 import secrets
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -29,6 +32,7 @@ LAYOUT_VERSION = 1
 _HEADER = "moe_compiler.profile"
 _HISTOGRAM = "routing_histogram"
 _DIGEST, _DIGEST_BYTES = "blake2b", 32
+_STALE_SECONDS = 3600
 
 Linear = tuple[str, str]
 """A linear of a model's experts: path of the MoE block and name of the linear."""
@@ -131,6 +135,8 @@ def check_contents(pool: ChannelPool, like: PackedExpertLinear, where: str) -> N
 def write_profile(profile: Profile, path: str | os.PathLike[str], fingerprint: str) -> None:
     """Writes a profile: to a temporary name beside `path`, then renamed, so that `path` is never half written.
 
+    What a process that was killed while it wrote `path` left behind is removed once it is an hour old.
+
     Raises:
         OSError: the file could not be written. Whatever `path` held before is still there.
     """
@@ -150,7 +156,8 @@ def write_profile(profile: Profile, path: str | os.PathLike[str], fingerprint: s
         hashes={name: _hash(tensor) for name, tensor in tensors.items()},
     )
     data = safetensors.torch.save(tensors, {_HEADER: _sealed(asdict(header))})
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    _remove_stale(target)
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
     try:
         with temporary.open("xb") as file:
             file.write(data)
@@ -298,6 +305,14 @@ def _hash(tensor: Tensor) -> str:
 
 def _digest(values: Mapping[str, Any]) -> str:
     return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=_DIGEST_BYTES).hexdigest()
+
+
+def _remove_stale(target: Path) -> None:
+    """Removes temporary files of `target` that nobody can still be writing."""
+    for one in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
+        with contextlib.suppress(OSError):
+            if time.time() - one.stat().st_mtime > _STALE_SECONDS:
+                one.unlink()
 
 
 def _sync_folder(folder: Path) -> None:

@@ -12,6 +12,7 @@ from moe_compiler.kernels.affine import choose_qparams, dequantize, quantize
 from moe_compiler.kernels.experts import PackedExpertLinear
 from moe_compiler.kernels.pool import ChannelPool
 from moe_compiler.passes.moments import Gram, SecondMoments
+from moe_compiler.runtime.errors import base_columns, precision, weight_error
 from moe_compiler.runtime.master import LinearMaster
 
 RULES = ("restore", "cluster", "compensate", "lowrank")
@@ -73,17 +74,6 @@ def hold(master: LinearMaster, packed: PackedExpertLinear, places: Tensor) -> Ch
     return _contents(packed, places, master.columns(places) - base_columns(packed, places))
 
 
-def base_columns(packed: PackedExpertLinear, places: Tensor) -> Tensor:
-    """Columns of the quantized base at `places` (`e · K + c`), `(S, N)` float32 on the host."""
-    experts, channels = places // packed.in_features, places % packed.in_features
-    columns = torch.empty(places.shape[0], packed.out_features)
-    for expert in experts.unique().tolist():
-        rows = (experts == expert).nonzero().squeeze(1)
-        base = packed.dequantize_expert(expert).cpu()
-        columns[rows] = base[:, channels[rows]].t()
-    return columns
-
-
 def restore(master: LinearMaster, packed: PackedExpertLinear, energy: Tensor) -> ChannelPool:
     """Rule `"restore"`: the slots go to the channels with the largest expected error on the new data.
 
@@ -91,7 +81,7 @@ def restore(master: LinearMaster, packed: PackedExpertLinear, energy: Tensor) ->
     difference, so the channel is restored to INT8 precision of its residual. Our decision.
 
     Needs sums by channel of the new data and any master; it can only draw on the columns that the master has. Costs
-    one dequantized expert at a time, for those that get slots, and `4·E·K` bytes for the scores.
+    the columns that get slots, of the master and of the base, and `4·E·K` bytes for the scores.
 
     Args:
         master: the original columns to choose from.
@@ -177,25 +167,25 @@ def compensate(
     places = worst_channels(master.error, energy, packed.pool.capacity).sort().values
     experts, channels = places // packed.in_features, places % packed.in_features
     delta = torch.empty(places.shape[0], packed.out_features)
+    dtype = precision(packed, moments)
     for expert in experts.unique().tolist():
         mine = experts == expert
         slots = channels[mine].to(packed.planes.device)
-        error = weight_error(master, packed, expert)
-        gram = damped_moments(moments, expert, error.device, damping, pseudo_rows)
+        error = weight_error(master, packed, expert, dtype)
+        gram = checked_moments(moments, expert, error.device)
+        gram = gram.damped(damping, pseudo_rows, int(moments.count[expert]))
         chosen = torch.zeros(packed.in_features, slots.numel(), device=error.device)
         chosen[slots, torch.arange(slots.numel(), device=error.device)] = 1
         correlation = gram.times(chosen)
-        own = error[:, slots]
+        own = error[:, slots].float()
         error[:, slots] = 0
-        target = error @ correlation
+        target = (error @ correlation.to(dtype)).float()
         delta[mine] = (own + solve(correlation[slots], target)).t().cpu()
     return _contents(packed, places, delta)
 
 
-def damped_moments(
-    moments: SecondMoments, expert: int, device: torch.device, damping: float, pseudo_rows: float
-) -> Gram:
-    """Second moments of one expert, damped (see `Gram.damped`).
+def checked_moments(moments: SecondMoments, expert: int, device: torch.device) -> Gram:
+    """Second moments of one expert.
 
     Raises:
         FloatingPointError: they are not finite.
@@ -203,7 +193,7 @@ def damped_moments(
     gram = moments.expert(expert, device)
     if not bool(torch.isfinite(gram.diagonal()).all()):
         raise FloatingPointError(f"second moments must be finite, but those of expert {expert} hold NaN or infinity")
-    return gram.damped(damping, pseudo_rows, int(moments.count[expert]))
+    return gram
 
 
 def solve(matrix: Tensor, target: Tensor) -> Tensor:
@@ -213,12 +203,6 @@ def solve(matrix: Tensor, target: Tensor) -> Tensor:
     matrix.diagonal().add_(1e-9 * matrix.diagonal().mean().clamp(min=1e-300))
     solution: Tensor = torch.linalg.solve(matrix, target.double().t())
     return solution.t().float()
-
-
-def weight_error(master: LinearMaster, packed: PackedExpertLinear, expert: int) -> Tensor:
-    """`W − Ŵ` of one expert's base, `(N, K)` float32 on the model's device."""
-    base = packed.dequantize_expert(expert)
-    return master.weight(expert).to(base.device) - base
 
 
 def _contents(packed: PackedExpertLinear, places: Tensor, delta: Tensor) -> ChannelPool:

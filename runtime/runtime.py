@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from types import MappingProxyType
@@ -21,12 +21,15 @@ from moe_compiler.passes.calibrate import Dataset
 from moe_compiler.passes.record import plain_block, record_blocks
 from moe_compiler.passes.shadow import shadow
 from moe_compiler.runtime.adaptation import RuntimeLayer, check_rule, choose_layer
+from moe_compiler.runtime.attach import attached_masters
+from moe_compiler.runtime.checkpoint import Checkpoint
 from moe_compiler.runtime.guard import WINDOW_TOKENS, Action, DriftPolicy, DriftReport, divergences
+from moe_compiler.runtime.master import DetachedMaster, LinearMaster
 from moe_compiler.runtime.observation import observe_layers
 from moe_compiler.runtime.pools import ModelPools
 from moe_compiler.runtime.profile import Linear, Profile, check_contents, check_name, moved, read_profile, write_profile
 from moe_compiler.runtime.report import AdaptReport, LayerChange, jensen_shannon
-from moe_compiler.runtime.serving import DriftWatch, HeldGenerate, logger
+from moe_compiler.runtime.serving import DriftWatch, EndsForward, HeldGenerate, logger
 
 CALIBRATION = "calibration"
 TIMEOUT_SECONDS = 60.0
@@ -45,6 +48,9 @@ class Runtime:
     Attributes:
         layers: what is known of each lowered MoE block, by path.
         active: the name of the profile in the pools: `"calibration"` after compiling.
+        base_model: where the model came from before it was compiled, a folder or a repository of the hub; empty if
+            that is not known.
+        base_revision: the repository's commit, where that is known.
     """
 
     def __init__(
@@ -57,8 +63,12 @@ class Runtime:
         tokens_per_batch: int,
         load: Callable[..., Dataset],
         progress: Progress | None = None,
+        base_model: str = "",
+        base_revision: str | None = None,
     ) -> None:
         self.model = model
+        self.base_model = base_model
+        self.base_revision = base_revision
         self.layers = dict(layers)
         self.rule = rule
         self.widths = tuple(widths)
@@ -77,6 +87,7 @@ class Runtime:
         record_blocks(
             [layer.block for layer in self.layers.values()], lock=self._lock.number, decay=1 - 1 / WINDOW_TOKENS
         )
+        EndsForward(self._lock).register(model, self.layers)
         if hasattr(model, "generate"):
             model.generate = HeldGenerate(model)  # type: ignore[assignment]
 
@@ -123,9 +134,12 @@ class Runtime:
             ValueError: unknown rule, or one that the model was not compiled for, bad name or `timeout`, or bad samples
                 (see `moe_compiler.data.load_samples`).
             FloatingPointError: activations or new contents were not finite.
-            RuntimeError: forward passes did not end in time, or this thread is inside `hold`.
+            RuntimeError: forward passes did not end in time, or this thread is inside `hold`; or the model was loaded
+                from files and the model that it was compiled from is not where it was: see `attach_master`.
         """
         rule = self.rule if rule is None else rule
+        if self.is_detached:
+            self._find_master()
         check_rule(rule, self.layers)
         self._check_new(name)
         with self._changing(timeout):
@@ -188,6 +202,65 @@ class Runtime:
                 )
             self._profiles[profile.name] = profile
         return profile
+
+    @property
+    def is_detached(self) -> bool:
+        """Whether original weights are missing, as after loading a saved model, until `adapt` or `attach_master`."""
+        masters = (one for layer in self.layers.values() for one in layer.masters.values())
+        return any(isinstance(one, DetachedMaster) for one in masters)
+
+    def attach_master(self, source: str | os.PathLike[str], *, revision: str | None = None) -> None:
+        """Says where the original weights are, which `adapt` needs; reads all experts' weights once, to check them.
+
+        A saved model has no original weights. `adapt` looks for them where they were when the model was compiled; this
+        is for when they are elsewhere now.
+
+        Args:
+            source: the folder of the model that was compiled, or its name on the hub, in the local cache.
+            revision: a branch or commit of the hub's repository.
+
+        Raises:
+            ValueError: there are no safetensors files, or they are of another model. Nothing has been changed then.
+            RuntimeError: a file cannot be read, or another thread's change did not end in time.
+        """
+        if not isinstance(source, str | os.PathLike) or not os.fspath(source):
+            raise ValueError(f"`source` must be a model's folder or its name on the hub, but is {source!r}")
+        self._attach(attached_masters(self.layers, Checkpoint.named(os.fsdecode(source), revision)))
+
+    def restore(self, profiles: Iterable[Profile], active: str) -> None:
+        """Takes over the profiles of a saved model, whose pools hold the one called `active`.
+
+        Raises:
+            ValueError: none is called `active`, or none is the one that compiling made.
+        """
+        known = {profile.name: profile for profile in profiles}
+        for name in (CALIBRATION, active):
+            if name not in known:
+                raise ValueError(f"`profiles` must have one called {name!r}, but has {', '.join(map(repr, known))}")
+        self._profiles, self.active = known, active
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash over what never changes of the compiled experts; see `moe_compiler.runtime.profile.fingerprint`."""
+        return self._pools.fingerprint()
+
+    def _find_master(self) -> None:
+        try:
+            if not self.base_model:
+                raise ValueError("it is not known which model this one was compiled from")
+            masters = attached_masters(self.layers, Checkpoint.named(self.base_model, self.base_revision))
+        except (ValueError, RuntimeError) as error:
+            raise RuntimeError(
+                "`adapt` needs the original weights, which a saved model does not hold: call "
+                f"`model.runtime.attach_master` with the folder or the hub's name of the model it was compiled from, "
+                f"{self.base_model or 'of unknown name'} ({error})"
+            ) from error
+        self._attach(masters)
+
+    def _attach(self, masters: Mapping[str, Mapping[str, LinearMaster]]) -> None:
+        with self._changing(TIMEOUT_SECONDS):
+            for path, found in masters.items():
+                self.layers[path] = replace(self.layers[path], masters=found)
 
     def remove(self, name: str) -> None:
         """Forgets a profile.

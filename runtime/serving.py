@@ -1,4 +1,4 @@
-"""What runs beside a serving model: `generate` that holds the model's state, and a thread that checks for drift."""
+"""What runs beside a serving model: `generate` that holds its state, the end of passes that raised, the drift guard."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ import inspect
 import logging
 import threading
 import weakref
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
+from itertools import takewhile
 from typing import Any, Protocol
 
+import torch
 from torch import nn
 
+from moe_compiler.kernels.forward_lock import ForwardLock
 from moe_compiler.runtime.guard import DriftReport
 
 logger = logging.getLogger("moe_compiler.runtime")
@@ -52,6 +56,32 @@ class HeldGenerate:
     @property
     def _generate(self) -> Any:
         return type(self.model).generate.__get__(self.model)  # type: ignore[attr-defined]
+
+
+class EndsForward:
+    """A forward hook that ends this thread's forward pass, which matters where it raised before its last operator.
+
+    A graph that `torch.compile` made of the module has no hooks: there `runtime.hold()` around the call does it.
+
+    Args:
+        lock: what the forward pass holds.
+    """
+
+    def __init__(self, lock: ForwardLock) -> None:
+        self.lock = lock
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Ends the forward pass."""
+        if not torch.compiler.is_compiling():
+            self.lock.end()
+
+    def register(self, model: nn.Module, paths: Iterable[str]) -> None:
+        """Hooks the innermost module whose forward pass calls all of the modules at `paths`."""
+        parents = zip(*(path.split(".")[:-1] for path in paths), strict=False)
+        common = [names[0] for names in takewhile(lambda names: len(set(names)) == 1, parents)]
+        while isinstance(model.get_submodule(".".join(common)), nn.ModuleList | nn.ModuleDict):
+            common = common[:-1]
+        model.get_submodule(".".join(common)).register_forward_hook(self, always_call=True)
 
 
 class DriftWatch:

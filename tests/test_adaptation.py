@@ -94,9 +94,10 @@ def test_windows_of_layers_see_what_all_layers_see_at_once(compiled: Any) -> Non
         for linear, moments in first.moments.items():
             held = sum(t.numel() for seen in (moments,) for t in (seen.rows,))
             assert held <= one_layer / 4
-            assert torch.equal(moments.rows, second.moments[linear].rows)
+            # a layer that is not observed runs in its fused operator, which rounds differently
+            torch.testing.assert_close(moments.rows, second.moments[linear].rows, rtol=1e-3, atol=1e-4)
             assert torch.equal(moments.expert_ids, second.moments[linear].expert_ids)
-            assert torch.equal(moments.gate, second.moments[linear].gate)
+            torch.testing.assert_close(moments.gate, second.moments[linear].gate, rtol=1e-3, atol=1e-5)
 
 
 def test_kept_rows_are_the_observers_hessians(compiled: Any) -> None:

@@ -93,6 +93,51 @@ def test_adapt_bench(tmp_path: Path) -> None:
     assert row["tokens"] == "256"
 
 
+def test_adapt_bench_at_a_real_shape(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "adapt.csv"
+    arguments = ["--quick", "--device", "cpu", "--shape", "olmoe-1b-7b", "--layers", "1", "--csv", str(path)]
+    assert bench("bench_adapt").main(arguments) == 0
+    rows = read_csv(path, bench("bench_adapt").AdaptRow)
+    assert [row["rule"] for row in rows] == list(bench("bench_adapt").RULES)
+    assert {row["model"] for row in rows} == {"OLMoE-1B-7B, 1 of 16 layers"}
+    with pytest.raises(SystemExit):
+        bench("bench_adapt").main(["--shape", "Mixtral"])
+    assert "must be OLMoE-1B-7B, but is Mixtral" in capsys.readouterr().err
+
+
+def test_the_real_shape_has_errors_of_its_widths() -> None:
+    model = bench("adapt_models").real_shape(1, True, 0.02, CPU)
+    (layer,) = model.runtime.layers.values()
+    for name, packed in layer.experts.all_packed().items():
+        assert packed.bits == (2, 4, 2, 4)
+        master = layer.masters[name]
+        found = torch.stack([(master.weight(e).float() - packed.dequantize_expert(e)).square().sum(0) for e in (0, 3)])
+        torch.testing.assert_close(found, master.error[[0, 3]], rtol=0.05, atol=1e-3)
+
+
+def test_guard_bench(tmp_path: Path) -> None:
+    path = tmp_path / "guard.csv"
+    assert bench("bench_guard").main(["--quick", "--device", "cpu", "--csv", str(path)]) == 0
+    rows = read_csv(path, bench("bench_guard").GuardRow)
+    assert [row["tokens"] for row in rows] == ["1", "4"]
+    assert all(0 < float(row["histogram_share"]) and 0 < float(row["lock_us"]) for row in rows)
+
+
+def test_detection_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, words in (("one", "red blue"), ("two", "12 + 30 = 42")):
+        for part in ("calib", "eval"):
+            (tmp_path / f"{name}.{part}.txt").write_text(f"{words}, {part}. " * 400)
+    path = tmp_path / "detection.csv"
+    arguments = ["--quick", "--device", "cpu", "--domains", str(tmp_path), "--csv", str(path)]
+    assert bench("bench_detection").main(arguments) == 0
+    rows = read_csv(path, bench("bench_detection").DetectionRow)
+    assert [(row["steady"], row["changed"]) for row in rows] == [("one", "two"), ("two", "one")]
+    assert all(row["checks"] == "12" and row["steady_tokens"] == "768" for row in rows)
+    assert "| one " in capsys.readouterr().out
+    with pytest.raises(FileNotFoundError, match="of two domains"):
+        bench("bench_detection").texts(str(tmp_path / "nothing"), 10)
+
+
 def test_gpu_check_passes_on_the_cpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     module = bench("gpu_check")
     every = module.checks

@@ -261,6 +261,70 @@ def test_a_pass_under_way_keeps_its_state(model: Any, stopped: Any, act: str) ->
     assert not torch.equal(logits(model), expected)
 
 
+def raise_in_the_last_block(model: Any) -> None:
+    """Runs a forward pass that begins, and raises before its last operator."""
+
+    def fail(*_: Any) -> None:
+        raise MemoryError("here")
+
+    handle = model.model.layers[1].self_attn.register_forward_pre_hook(fail)
+    try:
+        with pytest.raises(MemoryError, match="here"):
+            logits(model)
+    finally:
+        handle.remove()
+
+
+def test_a_pass_that_raised_in_an_idle_thread_holds_nothing(model: Any) -> None:
+    raised, done = threading.Event(), threading.Event()
+
+    def run() -> None:
+        raise_in_the_last_block(model)
+        raised.set()
+        assert done.wait(PATIENCE)
+
+    thread, results = in_thread(run)
+    assert raised.wait(PATIENCE)
+    model.runtime.switch("new", timeout=0)
+    done.set()
+    thread.join(PATIENCE)
+    assert results == [None]
+
+
+def test_a_compiled_pass_that_raised_is_ended_by_hold(model: Any) -> None:
+    lock = model.runtime._lock
+    raised, done = threading.Event(), threading.Event()
+
+    def compiled_graph() -> None:
+        lock.begin()  # a graph has no hooks
+        raise MemoryError("here")
+
+    def run() -> None:
+        with pytest.raises(MemoryError, match="here"), model.runtime.hold():
+            compiled_graph()
+        raised.set()
+        assert done.wait(PATIENCE)
+
+    thread, results = in_thread(run)
+    assert raised.wait(PATIENCE)
+    model.runtime.switch("new", timeout=0)
+    done.set()
+    thread.join(PATIENCE)
+    assert results == [None]
+
+
+def test_a_timeout_says_what_to_do(lock: ForwardLock) -> None:
+    thread, results = in_thread(lambda: (lock.begin(), time.sleep(0.2)))
+    wait_until(lambda: bool(lock._holds))
+    with pytest.raises(
+        RuntimeError, match=r"in thread 'the other' after 0 s; nothing was changed. If a compiled .* run"
+    ):
+        change(lock, 0)
+    thread.join(PATIENCE)
+    assert change(lock, 0) == "changed"
+    assert results
+
+
 def test_hold_keeps_the_state_over_many_passes(model: Any) -> None:
     expected = logits(model)
     with model.runtime.hold():

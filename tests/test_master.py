@@ -1,5 +1,6 @@
 """Masters: the same original weights from host memory and from files, and what is said when they cannot be had."""
 
+import copy
 import json
 import os
 import re
@@ -109,7 +110,7 @@ def test_all_masters_have_the_same_columns(folder: Path) -> None:
         for master in masters[1:]:
             assert master.whole
             assert torch.equal(master.kept_error, error)
-            assert torch.equal(master.weight(5), weight[5].float())
+            assert torch.equal(master.weight(5), weight[5])
             assert torch.equal(master.places, torch.arange(error.numel()))
         assert masters[2].size_bytes == 8 * error.numel()
         assert masters[1].size_bytes == 8 * error.numel() + 2 * weight.numel()
@@ -250,3 +251,10 @@ def test_what_is_held_is_the_original() -> None:
     packed.pool.copy_(hold(master, packed, places))
     restored = packed.dequantize()[places // COLUMNS, :, places % COLUMNS]
     torch.testing.assert_close(restored, weight[places // COLUMNS, :, places % COLUMNS], rtol=0, atol=0.02)
+
+
+def test_copies_share_a_master() -> None:
+    weight, packed, _ = quantized_pair()
+    master = whole_master(weight, packed)
+    assert copy.deepcopy(master) is master
+    assert copy.deepcopy({"linear": master})["linear"].original.data_ptr() == weight.data_ptr()

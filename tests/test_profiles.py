@@ -6,6 +6,7 @@ import os
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -288,6 +289,15 @@ def test_a_killed_process_leaves_the_old_file(tmp_path: Path, step: str) -> None
     done = subprocess.run([sys.executable, "-P", "-c", CHILD, str(target), step], check=False)
     assert done.returncode == 9
     assert target.read_bytes() == b"old"
+
+
+def test_saving_removes_what_killed_processes_left(model: Any, tmp_path: Path) -> None:
+    hour = 3600
+    for name, age in ((".profile.0a.tmp", 2 * hour), (".profile.0b.tmp", hour / 2), (".other.0a.tmp", 2 * hour)):
+        (tmp_path / name).write_bytes(b"part of a profile")
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    model.runtime.save("other", tmp_path / "profile")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".other.0a.tmp", ".profile.0b.tmp", "profile"]
 
 
 def test_files_have_the_usual_permissions(model: Any, tmp_path: Path) -> None:

@@ -47,30 +47,47 @@ def test_a_hundred_changes_recompile_nothing_and_give_what_a_fresh_compile_gives
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
-def test_generate_with_a_compiled_forward_follows_without_recompiling(cache: str) -> None:
+def test_generate_through_inductor_follows_without_recompiling(cache: str) -> None:
     model = compiled_olmoe(layers=1, quantizer="rtn", rule="restore")
-    reference = copy.deepcopy(model)
+    fresh = copy.deepcopy(model)
+    lengths, names = (4, 6), ("new", "calibration")
+
+    def generate(of: Any, length: int) -> tuple[Tensor, Tensor]:
+        out = of.generate(
+            tokens(1, length, 3),
+            max_new_tokens=3,
+            do_sample=False,
+            cache_implementation=cache,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        return out.sequences, torch.cat(out.logits)
+
     torch._dynamo.reset()
     counters.clear()
-    model.forward = torch.compile(model.forward, fullgraph=True, dynamic=True, backend="eager")
-
-    def generate(of: Any, length: int) -> Tensor:
-        return of.generate(tokens(1, length, 3), max_new_tokens=3, do_sample=False, cache_implementation=cache)
-
-    for length in (4, 6, 4):
+    model.forward = torch.compile(model.forward, fullgraph=True, dynamic=True)
+    for length in lengths:
         generate(model, length)
     graphs = counters["stats"]["unique_graphs"]
-    for one in (model, reference):
-        one.runtime.adapt(new_data(), name="new")
+    outputs = {}
     with torch.compiler.set_stance("fail_on_recompile"):
-        for name in ("new", "calibration", "new"):
-            for one in (model, reference):
-                one.runtime.switch(name)
-            for length in (4, 6):
-                assert torch.equal(generate(model, length), generate(reference, length))
+        model.runtime.adapt(new_data(), name="new")
+        for name in (*names, *names):
+            model.runtime.switch(name)
+            for length in lengths:
+                outputs[name, length] = generate(model, length)
         model.runtime.adapt(other_data(), name="other")
-        generate(model, 6)
+        other = generate(model, 6)
     assert counters["stats"]["unique_graphs"] == graphs
+    assert len({tuple(scores.flatten().tolist()) for _, scores in (*outputs.values(), other)}) == 5
+    fresh.runtime.adapt(new_data(), name="new")
+    torch._dynamo.reset()
+    fresh.forward = torch.compile(fresh.forward, fullgraph=True, dynamic=True, backend="aot_eager")
+    for (name, length), (sequences, scores) in outputs.items():
+        fresh.runtime.switch(name)
+        again = generate(fresh, length)
+        assert torch.equal(again[0], sequences)
+        torch.testing.assert_close(again[1], scores, rtol=1e-4, atol=1e-5)
 
 
 def test_model_compile_in_place_follows_adapt() -> None:

@@ -12,8 +12,10 @@ from torch import Tensor
 from moe_compiler.kernels.experts import PackedExpertLinear
 from moe_compiler.kernels.pool import ChannelPool
 from moe_compiler.passes.moments import Gram, HessianMoments, RowMoments, SecondMoments
+from moe_compiler.passes.quantize import quantize_experts
 from moe_compiler.runtime import lowrank as lowrank_module
-from moe_compiler.runtime.lowrank import leading_outputs, lowrank
+from moe_compiler.runtime.errors import base_columns
+from moe_compiler.runtime.lowrank import leading_outputs, leading_vectors, lowrank
 from moe_compiler.runtime.quality import expected_error, output_errors
 from moe_compiler.runtime.rules import (
     RULES,
@@ -88,7 +90,7 @@ def test_each_rule_leaves_less_error_than_the_weaker_one(seed: int, slots: int, 
     master, moments = whole_master(weight, packed), row_moments(tokens, seed)
     energy = energy_of(hessian_moments(moments))
     pools = [
-        lowrank(master, packed, moments, 0, 0),
+        lowrank(master, packed, moments),
         compensate(master, packed, energy, moments, 1e-6, 0),
         restore(master, packed, energy),
         packed.pool,
@@ -237,3 +239,58 @@ def test_lowrank_gives_one_expert_as_many_slots_as_it_gains_most_with() -> None:
     strong = replace(moments, gate=torch.where(moments.expert_ids == 0, 1e3, 1e-3))
     pool = lowrank(whole_master(weight, packed), packed, strong)
     assert pool.experts().tolist() == [0] * 20
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(0, 1000), st.sampled_from([(24, 128), (10, 72), (33, 200)]), st.sampled_from([32, 128]))
+def test_columns_of_the_base_are_those_of_its_dense_weight(seed: int, size: tuple[int, int], group_size: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(4, *size, generator=generator)
+    packed = PackedExpertLinear.from_quantized(quantize_experts("rtn", weight, None, [2, 4, 6, 8], group_size))
+    places = torch.randperm(4 * size[1], generator=generator)[:30]
+    dense = packed.dequantize(with_pool=False)
+    expected = dense[places // size[1], :, places % size[1]]
+    torch.testing.assert_close(base_columns(packed, places), expected, rtol=1e-6, atol=1e-7)
+    assert base_columns(packed, places[:0]).shape == (0, size[0])
+
+
+@pytest.mark.parametrize("size", [(160, 256), (256, 160)])
+def test_leading_vectors_are_those_of_the_singular_value_decomposition(size: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(5)
+    scale = torch.logspace(0, -3, min(size))
+    left, right = (torch.linalg.qr(torch.randn(n, min(size), generator=generator)).Q for n in size)
+    image = (left * scale) @ right.t()
+    for dtype, tolerance in ((torch.float32, 5e-3), (torch.bfloat16, 0.03)):
+        gain, vectors = leading_vectors(image.to(dtype), 8)
+        torch.testing.assert_close(gain, scale[:8].square(), rtol=tolerance, atol=0)
+        agreement = (vectors * left[:, :8]).sum(dim=0).abs()
+        assert bool((agreement > 1 - tolerance).all())
+        assert torch.equal(vectors, leading_vectors(image.to(dtype), 8)[1])
+
+
+@pytest.mark.parametrize("tokens", [200, 600])  # fewer and more rows of an expert than channels
+def test_lowrank_in_bfloat16_leaves_as_much_error(tokens: int) -> None:
+    weight, packed, _ = quantized_pair(12, 12)
+    weight = weight.bfloat16()
+    master, exact = whole_master(weight, packed), row_moments(tokens)
+    rows = replace(exact, rows=exact.rows.bfloat16())
+    pools = [lowrank(master, packed, moments) for moments in (exact, rows)]
+    slow, fast = output_errors(master, packed, pools, exact)
+    assert fast == pytest.approx(slow, rel=0.02)
+    assert output_errors(master, packed, pools, rows) == pytest.approx([slow, fast], rel=0.02)
+
+
+def test_lowrank_leaves_out_experts_that_cannot_win_a_slot() -> None:
+    weight, packed, _ = quantized_pair(6, 6)
+    moments = row_moments(300)
+    energy = energy_of(hessian_moments(moments))
+    gate = torch.where(moments.expert_ids == 3, 1e-4, moments.gate)  # what its error weighs falls with it
+    weak = replace(moments, gate=gate)
+    energy[3] *= 1e-8
+    images: dict[int, Tensor] = {}
+    master = whole_master(weight, packed)
+    pool = lowrank(master, packed, weak, energy, images)
+    assert set(images) <= {0, 1, 2}
+    assert same(pool, lowrank(master, packed, weak))
+    errors = output_errors(master, packed, [packed.pool, pool], weak, energy, images)
+    assert errors == pytest.approx(output_errors(master, packed, [packed.pool, pool], weak), rel=0.05)

@@ -84,14 +84,14 @@ def test_progress_shows_every_step_and_no_two_bars_at_once(model: Any) -> None:
         def __init__(self) -> None:
             self.open = 0
 
-        def task(self, description: str, total: int) -> Any:
+        def task(self, description: str, total: int, unit: str = "") -> Any:
             shown.append(description)
             return self
 
-        def __enter__(self) -> Callable[[], None]:
+        def __enter__(self) -> Callable[..., None]:
             self.open += 1
             assert self.open == 1
-            return lambda: None
+            return lambda count=1: None
 
         def __exit__(self, *_: object) -> None:
             self.open -= 1
