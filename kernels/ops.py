@@ -29,6 +29,10 @@ each give `R = T·k` rows in token order. An id of `E` or more marks a pair that
     `tokens[2]` (float64); adds the routed tokens, their weights and their routing weights to `count` `(E,)` int64,
     `token_mass` and `gate_mass` `(E,)` float64.
 
+`observe_coactivation_(expert_ids, top_k, coactivation) -> ()`
+    Adds to `coactivation` `(E, E)` int64 the tokens that were routed to both experts of each pair; on the diagonal, to
+    the one.
+
 `record_routing_(histogram, expert_ids, decay) -> ()`
     Adds the tokens whose experts are `expert_ids` `(T, k)` to the decayed histogram `(E + 1,)` float32, whose last
     entry counts ids of `E` or more; see `moe_compiler.kernels.histogram`. `decay` is per token.
@@ -50,7 +54,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_compiler.kernels import cpu, forward_lock, histogram
+from moe_compiler.kernels import coactivation, cpu, forward_lock, histogram
 from moe_compiler.kernels.packed import PackedTensors
 
 logger = logging.getLogger(__name__)
@@ -74,6 +78,7 @@ _LIBRARY.define(
     "observe_routing_(Tensor expert_ids, Tensor gate, Tensor token_weight, int top_k, Tensor(a!) tokens, "
     "Tensor(b!) count, Tensor(c!) token_mass, Tensor(d!) gate_mass) -> ()"
 )
+_LIBRARY.define("observe_coactivation_(Tensor expert_ids, int top_k, Tensor(a!) coactivation) -> ()")
 _LIBRARY.define("record_routing_(Tensor(a!) histogram, Tensor expert_ids, float decay) -> ()")
 _ON_HOST = (torch.Tag.cudagraph_unsafe,)
 _LIBRARY.define("begin_forward(Tensor top_k_index, int lock) -> Tensor", tags=_ON_HOST)
@@ -110,6 +115,7 @@ for _device in ("CPU", "CUDA"):
     _LIBRARY.impl("expert_linear", cpu.expert_linear, _device)
     _LIBRARY.impl("observe_experts_", cpu.observe_experts_, _device)
     _LIBRARY.impl("observe_routing_", cpu.observe_routing_, _device)
+    _LIBRARY.impl("observe_coactivation_", coactivation.observe_coactivation_, _device)
     _LIBRARY.impl("record_routing_", histogram.record_routing_, _device)
     _LIBRARY.impl("begin_forward", forward_lock.begin_forward, _device)
     _LIBRARY.impl("end_forward_", forward_lock.end_forward_, _device)
@@ -176,6 +182,10 @@ def _observe_routing_fake(
     _check_device(expert_ids, count)
 
 
+def _observe_coactivation_fake(expert_ids: Tensor, top_k: int, coactivation: Tensor) -> None:
+    _check_device(expert_ids, coactivation)
+
+
 def _record_routing_fake(histogram: Tensor, expert_ids: Tensor, decay: float) -> None:
     _check_device(expert_ids, histogram)
 
@@ -193,6 +203,7 @@ torch.library.register_fake(f"{NAMESPACE}::packed_expert_linear", _packed_expert
 torch.library.register_fake(f"{NAMESPACE}::packed_experts", _packed_experts_fake, lib=_LIBRARY)
 torch.library.register_fake(f"{NAMESPACE}::observe_experts_", _observe_experts_fake, lib=_LIBRARY)
 torch.library.register_fake(f"{NAMESPACE}::observe_routing_", _observe_routing_fake, lib=_LIBRARY)
+torch.library.register_fake(f"{NAMESPACE}::observe_coactivation_", _observe_coactivation_fake, lib=_LIBRARY)
 torch.library.register_fake(f"{NAMESPACE}::record_routing_", _record_routing_fake, lib=_LIBRARY)
 torch.library.register_fake(f"{NAMESPACE}::begin_forward", _begin_forward_fake, lib=_LIBRARY)
 torch.library.register_fake(f"{NAMESPACE}::end_forward_", _end_forward_fake, lib=_LIBRARY)
@@ -202,6 +213,7 @@ packed_expert_linear = torch.ops.moe_compiler.packed_expert_linear.default
 packed_experts = torch.ops.moe_compiler.packed_experts.default
 observe_experts_ = torch.ops.moe_compiler.observe_experts_.default
 observe_routing_ = torch.ops.moe_compiler.observe_routing_.default
+observe_coactivation_ = torch.ops.moe_compiler.observe_coactivation_.default
 record_routing_ = torch.ops.moe_compiler.record_routing_.default
 begin_forward = torch.ops.moe_compiler.begin_forward.default
 end_forward_ = torch.ops.moe_compiler.end_forward_.default

@@ -3,33 +3,37 @@
 from __future__ import annotations
 
 import gc
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
+from moe_compiler.analysis import Analysis
+from moe_compiler.analyze import DEFAULT_ALPHA, analyze
+from moe_compiler.attachment import attach, origin
 from moe_compiler.checks import check_blocks, check_finite, check_model, vocabulary_size
 from moe_compiler.config import CompileConfig
 from moe_compiler.coverage import CompileReport, block_coverage
-from moe_compiler.data import load_calibration, load_samples
+from moe_compiler.data import load_calibration
+from moe_compiler.graph_record import GraphRecord, record_graph, stages_before
 from moe_compiler.hessians import HessianWindows
-from moe_compiler.inspection import readable
-from moe_compiler.kernels.affine import WIDTHS
 from moe_compiler.layer import CompiledLayer, check_master, compile_layer, layer_evidence, measure_errors
 from moe_compiler.passes.assign import assign
 from moe_compiler.passes.base import NoProgress, Progress
 from moe_compiler.passes.calibrate import Dataset, observe_datasets
 from moe_compiler.passes.capture import MoEBlock, capture_moe_blocks
 from moe_compiler.passes.graph import MoEGraph
-from moe_compiler.passes.observe import observed_block
 from moe_compiler.passes.plan import PrecisionPlan
+from moe_compiler.passes.router import RouterCalibration, RouterChange
+from moe_compiler.passes.sensitivity import layer_sensitivity
 from moe_compiler.passes.significance import token_weights
 from moe_compiler.passes.statistics import BlockStatistics, LayerEvidence
 from moe_compiler.progress import RichProgress
-from moe_compiler.runtime.runtime import Runtime
+
+logger = logging.getLogger(__name__)
 
 Model = TypeVar("Model", bound=nn.Module)
 Statistics = Mapping[str, Mapping[str, BlockStatistics]]
@@ -63,6 +67,7 @@ def dynamo_compile(
     Returns:
         The same object. `model.runtime` adapts it, `model.moe_graphs` holds the rewritten graph of each MoE block by
         its path, `model.moe_report` what was decided and what was covered; the original experts are freed.
+        `model.save_pretrained` saves all of it, and transformers' `from_pretrained` loads it again.
 
     Raises:
         ValueError: bad samples, a model that cannot be compiled (no MoE block, compiled or quantized already,
@@ -96,14 +101,18 @@ def dynamo_compile(
         hessians = HessianWindows(model, blocks, datasets, config, shown)
         evidence = [layer_evidence(block, statistics[path], config) for path, block in blocks.items()]
         if config.strategy == "budget":
-            evidence = _measured(evidence, blocks, statistics, hessians, config)
+            evidence = _measured(model, evidence, blocks, datasets, statistics, hessians, config)
         plan = _assign(evidence, config)
-        layers = _lower(model, blocks, plan, statistics, hessians, config, shown)
+        analysis = analyze(evidence, plan, blocks, datasets, alpha=_token_alpha(config), progress=shown)
+        stages = {path: stages_before(block) for path, block in blocks.items()}
+        calibration_of_routers = _router_calibration(model, blocks, datasets, config)
+        layers = _lower(model, blocks, plan, statistics, stages, hessians, config, shown)
+        routers = calibration_of_routers.refit() if calibration_of_routers is not None else {}
     except BaseException:
         for name, module in model.named_modules():
             module.training = training.get(name, False)
         raise
-    _attach(model, layers, plan, config, tokenizer, vocab_size, shown)
+    _attach(model, layers, plan, routers, analysis.with_stages(stages), datasets, config, tokenizer, shown)
     if compile:
         model.compile(fullgraph=True, dynamic=True)
     return model
@@ -113,16 +122,20 @@ def _token_weights(
     datasets: Mapping[str, Dataset], vocab_size: int | None, config: CompileConfig
 ) -> dict[str, torch.Tensor] | None:
     """By dataset, the weight of each token (MoQa eq. 2), or `None` where every token counts 1."""
-    alpha = config.token_weight_alpha
+    alpha = _token_alpha(config)
     if alpha is None:
-        if config.strategy != "moqa":
-            return None
-        alpha = 0.3
+        return None
     weights = {}
     for name, dataset in datasets.items():
         counts = torch.bincount(torch.cat(list(dataset)), minlength=vocab_size or 0)
         weights[name] = token_weights(counts, alpha)
     return weights
+
+
+def _token_alpha(config: CompileConfig) -> float | None:
+    if config.token_weight_alpha is None and config.strategy == "moqa":
+        return DEFAULT_ALPHA
+    return config.token_weight_alpha
 
 
 def _assign(evidence: list[LayerEvidence], config: CompileConfig) -> PrecisionPlan:
@@ -139,14 +152,21 @@ def _assign(evidence: list[LayerEvidence], config: CompileConfig) -> PrecisionPl
 
 
 def _measured(
+    model: nn.Module,
     evidence: list[LayerEvidence],
     blocks: Mapping[str, MoEBlock],
+    datasets: Mapping[str, Dataset],
     statistics: Statistics,
     hessians: HessianWindows,
     config: CompileConfig,
 ) -> list[LayerEvidence]:
-    """The evidence with the measured error of every width, which the strategy `"budget"` needs."""
-    by_path = {layer.path: layer for layer in evidence}
+    """The evidence with the measured error of every width and what it costs, which the strategy `"budget"` needs."""
+    try:
+        sensitivity = layer_sensitivity(model, blocks, datasets, progress=hessians.progress)
+    except (RuntimeError, NotImplementedError) as error:
+        logger.warning("the model cannot be differentiated, so all layers count the same in the budget: %s", error)
+        sensitivity = dict.fromkeys(blocks, 1.0)
+    by_path = {layer.path: replace(layer, sensitivity=sensitivity[layer.path]) for layer in evidence}
     for window in hessians.windows():
         found = hessians.collect(window)
         with hessians.progress.task("measuring widths", len(window)) as advance:
@@ -164,6 +184,7 @@ def _lower(
     blocks: Mapping[str, MoEBlock],
     plan: PrecisionPlan,
     statistics: Statistics,
+    stages: Mapping[str, Mapping[str, GraphRecord]],
     hessians: HessianWindows,
     config: CompileConfig,
     progress: Progress,
@@ -175,7 +196,6 @@ def _lower(
             found = hessians.collect(window) if config.quantizer == "gptq" else {}
             with progress.task("quantizing", len(window)) as advance:
                 for path, block in window.items():
-                    stages = _stages(block)
                     layers[path] = compile_layer(
                         model,
                         block,
@@ -184,7 +204,7 @@ def _lower(
                         list(statistics[path].values()),
                         config,
                     )
-                    _graph(model, path).meta["stages"] = stages
+                    _graph(model, path).meta["stages"] = {stage: one.text for stage, one in stages[path].items()}
                     gc.collect()  # graphs and modules refer to each other: the originals go only now
                     advance()
             del found  # before the next window's are collected
@@ -198,57 +218,50 @@ def _lower(
     return layers
 
 
+def _router_calibration(
+    model: nn.Module, blocks: Mapping[str, MoEBlock], datasets: Mapping[str, Dataset], config: CompileConfig
+) -> RouterCalibration | None:
+    """What the routers are given before anything is quantized, if they are to be refitted."""
+    if not config.router_tokens:
+        return None
+    return RouterCalibration(model, blocks, datasets, config.router_tokens)
+
+
 def _graph(model: nn.Module, path: str) -> MoEGraph:
     graph = model.get_submodule(path)
     assert isinstance(graph, MoEGraph)
     return graph
 
 
-def _stages(block: MoEBlock) -> dict[str, str]:
-    """The block's graphs as readable code before lowering: captured, and with observers."""
-    observed, _ = observed_block(block, hessian=False)
-    return {"captured": readable(block.graph), "observed": readable(observed)}
-
-
 def _attach(
     model: Any,
     layers: Mapping[str, CompiledLayer],
     plan: PrecisionPlan,
+    routers: Mapping[str, RouterChange],
+    analysis: Analysis,
+    datasets: Mapping[str, Dataset],
     config: CompileConfig,
     tokenizer: Any,
-    vocab_size: int | None,
     progress: Progress,
 ) -> None:
-    """Hangs the runtime, the graphs and the plan on the model."""
-    load = partial(_load, default_tokenizer=tokenizer, sequence_length=config.sequence_length, vocab_size=vocab_size)
-    model.runtime = Runtime(
-        model,
-        {path: layer.runtime for path, layer in layers.items()},
-        rule=config.rule,
-        widths=config.widths or WIDTHS,
-        tokens_per_batch=config.tokens_per_batch,
-        load=load,
-        progress=progress,
-    )
-    if hasattr(model, "save_pretrained"):
-        model.save_pretrained = _refuse_saving
-    model.moe_graphs = {path: _graph(model, path) for path in layers}
-    model.moe_report = CompileReport(
+    """Hangs the runtime, the graphs and the report on the model."""
+    base_model, base_revision = origin(model)
+    report = CompileReport(
         config=config,
         plan=plan,
         blended={path: dict(layer.blended) for path, layer in layers.items()},
         coverage=tuple(entry for layer in layers.values() for entry in block_coverage(layer.runtime)),
+        datasets={name: sum(sample.numel() for sample in dataset) for name, dataset in datasets.items()},
+        routers={path: (change.before, change.after) for path, change in routers.items()},
     )
-
-
-def _refuse_saving(*_: Any, **__: Any) -> None:
-    """Takes the place of `save_pretrained`, which would try to split packed experts into their original files."""
-    raise NotImplementedError(
-        "a compiled model cannot be saved with `save_pretrained` yet: keep the original checkpoint and compile it "
-        "again, or save `state_dict()` and load it into a model that was compiled in the same way"
+    attach(
+        model,
+        {path: layer.runtime for path, layer in layers.items()},
+        report,
+        base_model=base_model,
+        base_revision=base_revision,
+        tokenizer=tokenizer,
+        progress=progress,
     )
-
-
-def _load(samples: Any, *, name: str, tokenizer: Any, default_tokenizer: Any, **options: Any) -> Dataset:
-    """Samples for `Runtime.adapt`, with the tokenizer that `dynamo_compile` was given as the default."""
-    return load_samples(samples, name=name, tokenizer=tokenizer or default_tokenizer, **options)
+    lowered = {path: {"lowered": record_graph(_graph(model, path))} for path in layers}
+    model.moe_report = replace(report, analysis=analysis.with_stages(lowered))

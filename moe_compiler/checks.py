@@ -28,16 +28,26 @@ def check_model(model: nn.Module) -> None:
     if getattr(model, "hf_quantizer", None) is not None:
         method = getattr(model, "quantization_method", "unknown")
         raise ValueError(f"`model` ({kind}) is quantized already, by {method}: load the original weights instead")
+    check_offload(model)
+    for name, parameter in model.named_parameters():
+        if parameter.device.type == "meta":
+            raise ValueError(f"`model` ({kind}) must have its weights, but `{name}` is on the meta device")
+
+
+def check_offload(model: nn.Module) -> None:
+    """Refuses a model with hooks that move its weights.
+
+    Raises:
+        ValueError: names the first such module.
+    """
     for name, module in model.named_modules():
         hook = getattr(module, "_hf_hook", None)
         if hook is not None and getattr(hook, "offload", True):
             raise ValueError(
-                f"`model` ({kind}) must not have offload hooks, but `{name or '.'}` has a {type(hook).__name__}: "
+                f"`model` ({type(model).__name__}) must not have offload hooks, but `{name or '.'}` has a "
+                f"{type(hook).__name__}: "
                 "load it without device_map, or call accelerate.hooks.remove_hook_from_submodules first"
             )
-    for name, parameter in model.named_parameters():
-        if parameter.device.type == "meta":
-            raise ValueError(f"`model` ({kind}) must have its weights, but `{name}` is on the meta device")
 
 
 def vocabulary_size(model: nn.Module) -> int | None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -12,6 +13,9 @@ from moe_compiler.kernels.experts import PackedExpertLinear
 from moe_compiler.kernels.linear import PackedLinear
 from moe_compiler.passes.plan import PrecisionPlan
 from moe_compiler.runtime.adaptation import RuntimeLayer
+
+if TYPE_CHECKING:
+    from moe_compiler.analysis import Analysis
 
 
 @dataclass(frozen=True)
@@ -49,12 +53,22 @@ class CompileReport:
         blended: by block path and linear, the experts that saw too few tokens for a Hessian of their own and took
             part of the layer's pooled one.
         coverage: every linear of every MoE block.
+        analysis: what was found out about experts and datasets, where it was kept.
+        datasets: by name of a calibration dataset, the tokens that were used.
+        routers: by block path, how far the routing logits were from the original's on calibration tokens before and
+            after the router was refitted, root mean square.
+        perplexities: by dataset, that of the original and that of the compiled model, where somebody measured them:
+            `model.moe_report = dataclasses.replace(model.moe_report, perplexities=...)` records them.
     """
 
     config: CompileConfig
     plan: PrecisionPlan
     blended: Mapping[str, Mapping[str, tuple[int, ...]]]
     coverage: tuple[CoverageEntry, ...]
+    analysis: Analysis | None = None
+    datasets: Mapping[str, int] = field(default_factory=dict)
+    routers: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    perplexities: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     @property
     def code_bits(self) -> float:
@@ -67,6 +81,48 @@ class CompileReport:
         """Bits per weight of the routed experts: all their buffers over all their weights."""
         routed = [entry for entry in self.coverage if entry.kind == "experts"]
         return 8 * sum(e.size_bytes for e in routed) / sum(e.weights for e in routed)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON types, without the analysis, which has a file of its own."""
+        return {
+            "config": self.config.to_dict(),
+            "plan": self.plan.to_dict(),
+            "blended": {
+                path: {linear: list(experts) for linear, experts in one.items()} for path, one in self.blended.items()
+            },
+            "coverage": [asdict(entry) for entry in self.coverage],
+            "datasets": dict(self.datasets),
+            "routers": {path: list(pair) for path, pair in self.routers.items()},
+            "perplexities": {name: list(pair) for name, pair in self.perplexities.items()},
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> CompileReport:
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: a field is missing or damaged.
+        """
+        try:
+            return cls(
+                config=CompileConfig.from_dict(values["config"]),
+                plan=PrecisionPlan.from_dict(values["plan"]),
+                blended={
+                    path: {linear: tuple(experts) for linear, experts in one.items()}
+                    for path, one in values["blended"].items()
+                },
+                coverage=tuple(CoverageEntry(**entry) for entry in values["coverage"]),
+                datasets={name: int(tokens) for name, tokens in values["datasets"].items()},
+                routers={path: (float(before), float(after)) for path, (before, after) in values["routers"].items()},
+                perplexities={
+                    name: (float(original), float(compiled))
+                    for name, (original, compiled) in values["perplexities"].items()
+                },
+            )
+        except KeyError as error:
+            raise ValueError(f"the report lacks the field {error.args[0]!r}") from error
+        except (TypeError, AttributeError) as error:
+            raise ValueError(f"the report is damaged: {error}") from error
 
 
 def block_coverage(layer: RuntimeLayer) -> list[CoverageEntry]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import UserDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -30,12 +30,12 @@ def load_samples(
 
     Args:
         source: a text, an iterable of texts, a 1-D or 2-D integer tensor, an iterable of those or of lists of ints, or
-            a `datasets.Dataset` with a column `input_ids` or `text`.
+            a `datasets.Dataset` or `datasets.IterableDataset` with a column `input_ids` or `text`.
         name: what to call the dataset in messages.
         tokenizer: needed where `source` is text.
         sequence_length: tokens per window, at least 2.
         vocab_size: where given, ids must be below it.
-        max_tokens: stop after about so many tokens.
+        max_tokens: stop after about so many tokens; what an iterable or a stream has beyond them is not read.
 
     Returns:
         Windows, 1-D int64 tensors of 2 up to `sequence_length` token ids.
@@ -45,11 +45,7 @@ def load_samples(
             a padded dataset.
         TypeError: `source` or a sample is none of the kinds above.
     """
-    texts, ids = _sort_out(source, name)
-    if texts:
-        if tokenizer is None:
-            raise ValueError(f"`tokenizer` is needed because dataset {name!r} holds text, but it is None")
-        ids = [_tokenize(texts, tokenizer, max_tokens)]
+    ids = _take(_open(source, name), name, tokenizer, max_tokens)
     if not ids:
         raise ValueError(f"dataset {name!r} must hold at least one sample, but is empty")
     windows: list[Tensor] = []
@@ -102,39 +98,84 @@ def load_calibration(
     }
 
 
-def _sort_out(source: Any, name: str) -> tuple[list[str], list[Tensor]]:
-    """The texts and the token ids of `source`, one of them empty."""
+def _open(source: Any, name: str) -> Iterable[Any]:
+    """The samples of `source`, texts or token ids."""
     if isinstance(source, Mapping | UserDict):
         raise TypeError(
             f"dataset {name!r} must be text, token ids or an iterable of them, but is a {type(source).__name__} with "
             f"{', '.join(map(str, source))}: give one of its values"
         )
+    if isinstance(source, datasets.IterableDataset):
+        return _stream(source, name)
     if isinstance(source, datasets.Dataset):
-        columns = source.column_names
-        if "attention_mask" in columns and any(0 in mask for mask in source["attention_mask"]):
-            raise ValueError(f"dataset {name!r} must not be padded, but its `attention_mask` holds zeros")
-        column = next((c for c in ("input_ids", "text") if c in columns), None)
-        if column is None:
-            raise ValueError(f"dataset {name!r} must have a column `input_ids` or `text`, but has {', '.join(columns)}")
-        source = list(source[column])
+        if "attention_mask" in source.column_names:
+            _refuse_padding(source["attention_mask"], name)
+        return list(source[_column(source.column_names, name)])
     if isinstance(source, str):
-        source = [source]
+        return [source]
     if isinstance(source, Tensor):
-        source = [source] if source.dim() == 1 else list(source)
+        return [source] if source.dim() == 1 else list(source)
     if not isinstance(source, Iterable):
         raise TypeError(
             f"dataset {name!r} must be text, token ids or an iterable of them, but is {type(source).__name__}"
         )
-    texts: list[str] = []
+    if isinstance(source, Sequence) and len({isinstance(sample, str) for sample in source}) > 1:
+        raise _mixed(name)
+    return source
+
+
+def _stream(rows: Iterable[Mapping[str, Any]], name: str) -> Iterator[Any]:
+    column: str | None = None
+    for row in rows:
+        column = column or _column(row, name)
+        if "attention_mask" in row:
+            _refuse_padding([row["attention_mask"]], name)
+        yield row[column]
+
+
+def _column(columns: Iterable[str], name: str) -> str:
+    column = next((column for column in ("input_ids", "text") if column in columns), None)
+    if column is None:
+        raise ValueError(f"dataset {name!r} must have a column `input_ids` or `text`, but has {', '.join(columns)}")
+    return column
+
+
+def _refuse_padding(masks: Iterable[Any], name: str) -> None:
+    if any(0 in mask for mask in masks):
+        raise ValueError(f"dataset {name!r} must not be padded, but its `attention_mask` holds zeros")
+
+
+def _take(samples: Iterable[Any], name: str, tokenizer: Any, max_tokens: int | None) -> list[Tensor]:
+    """The token ids of each sample, or of all texts together; reads no more samples than `max_tokens` needs."""
+    texts: list[int] = []
     ids: list[Tensor] = []
-    for number, sample in enumerate(source):
-        if isinstance(sample, str):
-            texts.append(sample)
+    is_text: bool | None = None
+    tokens = 0
+    for number, sample in enumerate(samples):
+        if is_text not in (None, isinstance(sample, str)):
+            raise _mixed(name)
+        is_text = isinstance(sample, str)
+        if is_text:
+            texts += _tokenize(sample, name, tokenizer, bool(texts))
+            tokens = len(texts)
         else:
             ids.append(_as_ids(sample, f"sample {number} of dataset {name!r}"))
-    if texts and ids:
-        raise TypeError(f"dataset {name!r} must hold either text or token ids, but holds both")
-    return texts, ids
+            tokens += ids[-1].numel()
+        if max_tokens is not None and tokens >= max_tokens:
+            break
+    return [torch.tensor(texts[:max_tokens], dtype=torch.int64)] if is_text else ids
+
+
+def _mixed(name: str) -> TypeError:
+    return TypeError(f"dataset {name!r} must hold either text or token ids, but holds both")
+
+
+def _tokenize(text: str, name: str, tokenizer: Any, follows: bool) -> list[int]:
+    """Token ids of a text, after the end-of-text token where it `follows` another one."""
+    if tokenizer is None:
+        raise ValueError(f"`tokenizer` is needed because dataset {name!r} holds text, but it is None")
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return [tokenizer.eos_token_id, *ids] if follows and tokenizer.eos_token_id is not None else ids
 
 
 def _as_ids(sample: Any, where: str) -> Tensor:
@@ -149,16 +190,3 @@ def _as_ids(sample: Any, where: str) -> Tensor:
     if tensor.dim() != 1:
         raise ValueError(f"{where} must be 1-D, but has shape {tuple(tensor.shape)}")
     return tensor.long().cpu()
-
-
-def _tokenize(texts: list[str], tokenizer: Any, max_tokens: int | None) -> Tensor:
-    end = tokenizer.eos_token_id
-    ids: list[int] = []
-    for text in texts:
-        if ids and end is not None:
-            ids.append(end)
-        ids += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        if max_tokens is not None and len(ids) >= max_tokens:
-            ids = ids[:max_tokens]
-            break
-    return torch.tensor(ids, dtype=torch.int64)

@@ -57,7 +57,7 @@ class DemoResult:
     """What the demo measured.
 
     Attributes:
-        rows: original, uniform GPTQ, random 4/2, DynaMo, DynaMo after adapting to each new domain.
+        rows: original, uniform GPTQ, random 4/2, compiled, compiled and adapted to each new domain.
         seen: the domains it calibrated on.
         unseen: the others.
         recompilations: graphs compiled after the first pass, over all adaptations.
@@ -149,7 +149,7 @@ def run_demo(
         progress=progress,
     )
     static = measure(model)
-    rows.append(_row("DynaMo", model, static))
+    rows.append(_row("compiled", model, static))
 
     forward = torch.compile(model, fullgraph=True, dynamic=True)
     shapes = [(2, 48), (3, 31), (4, 64)]

@@ -37,15 +37,15 @@ def perplexity(
     """
     device = next(model.parameters()).device
     total, tokens = 0.0, 0
-    todo = list(batches(dataset, tokens_per_batch))
-    with (progress or NoProgress()).task(f"perplexity on {name}", len(todo)) as advance:
-        for batch in todo:
+    length = sum(sample.numel() for sample in dataset)
+    with (progress or NoProgress()).task(f"perplexity on {name}", length, "tokens") as advance:
+        for batch in batches(dataset, tokens_per_batch):
             ids = batch.to(device)
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
             loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
             total += float(loss)
             tokens += ids[:, 1:].numel()
-            advance()
+            advance(ids.numel())
     if math.isnan(total):
         raise FloatingPointError(f"the model's logits on {name!r} hold NaN: it has no perplexity")
     return math.exp(min(total / tokens, 700.0))

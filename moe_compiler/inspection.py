@@ -85,12 +85,12 @@ def _graphs(graph: Any, path: str, drawn: dict[str, str], width: int) -> Rendera
             parts.append(Text(f"{stage}: as in {drawn[code]}", style="dim"))
             continue
         drawn[code] = path
-        parts += [Text(f"{stage}:", style="bold"), Syntax(_wrapped(code, width), "python")]
+        parts += [Text(f"{stage}:", style="bold"), Syntax(wrapped(code, width), "python")]
     return Group(*parts)
 
 
-def _wrapped(code: str, width: int) -> str:
-    """The code with long lines broken and hung below their start."""
+def wrapped(code: str, width: int) -> str:
+    """The code with lines longer than `width` characters broken and hung below their start."""
     lines: list[str] = []
     for line in code.splitlines():
         hanging = " " * (len(line) - len(line.lstrip()) + 4)

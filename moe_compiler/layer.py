@@ -118,7 +118,8 @@ def measure_errors(
         experts = weight.shape[0]
         errors[p.name] = {}
         for width in config.widths or WIDTHS:
-            quantized = quantize_experts(config.quantizer, weight, blended, [width] * experts, config.group_size)
+            bits = [width] * experts
+            quantized = quantize_experts(config.quantizer, weight, blended, bits, config.group_size, draft=True)
             errors[p.name][width] = output_error(weight, quantized, hessian).double()[None]
         zero = torch.zeros(1, 1, 1, device=weight.device).expand_as(weight)
         signal[p.name] = output_error(weight, zero, hessian).double()[None]

@@ -63,16 +63,33 @@ def run_passes(
     return graph_module
 
 
+class Advance(Protocol):
+    """Says that parts of a step are finished."""
+
+    def __call__(self, count: int = 1, /) -> None:
+        """`count` more parts are finished."""
+
+
 class Progress(Protocol):
     """Shows how far a long step is. The passes only call it; what it draws is the caller's business."""
 
-    def task(self, description: str, total: int) -> AbstractContextManager[Callable[[], None]]:
-        """Opens a step of `total` parts; the value of the context is called once per finished part."""
+    def task(self, description: str, total: int, unit: str = "") -> AbstractContextManager[Advance]:
+        """Opens a step of `total` parts; the value of the context is called when parts are finished.
+
+        Args:
+            description: what the step does.
+            total: how many parts it has.
+            unit: what the parts are, such as `"tokens"`, where their number per second says something.
+        """
 
 
 class NoProgress:
     """Shows nothing."""
 
-    def task(self, description: str, total: int) -> AbstractContextManager[Callable[[], None]]:
+    def task(self, description: str, total: int, unit: str = "") -> AbstractContextManager[Advance]:
         """A step that nobody watches."""
-        return nullcontext(lambda: None)
+        return nullcontext(_ignore)
+
+
+def _ignore(count: int = 1, /) -> None:
+    """Takes note of nothing."""

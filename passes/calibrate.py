@@ -87,14 +87,14 @@ class ObservedModel:
         for observer in self.observers.values():
             reset_statistics(observer)
         device = next(self.model.parameters()).device
-        todo = list(batches(dataset, tokens_per_batch))
+        tokens = sum(sample.numel() for sample in dataset)
         body = getattr(self.model, "base_model", self.model)  # the language-model head is of no interest here
-        with (progress or NoProgress()).task(f"observing {name}", len(todo)) as advance:
-            for batch in todo:
+        with (progress or NoProgress()).task(f"observing {name}", tokens, "tokens") as advance:
+            for batch in batches(dataset, tokens_per_batch):
                 if token_weights is not None:
                     self._weigh(token_weights[batch.reshape(-1)].double().to(device))
                 body(input_ids=batch.to(device), use_cache=False)
-                advance()
+                advance(batch.numel())
         self._weigh(torch.ones(1, dtype=torch.float64, device=device))
         seen = {path: read_statistics(observer, self.blocks[path].spec) for path, observer in self.observers.items()}
         for path, statistics in seen.items():

@@ -27,6 +27,7 @@ from moe_compiler.passes.module_list import dispatched_block, experts_per_token
 from moe_compiler.passes.spec import ExpertsSpec, Projection
 
 __all__ = [
+    "BlockCall",
     "ExpertsSpec",
     "MoEBlock",
     "Projection",
@@ -49,6 +50,19 @@ _TRACE_ERRORS = (
 
 
 @dataclass(frozen=True)
+class BlockCall:
+    """How a block is called; its graph is traced for that.
+
+    Attributes:
+        ranks: the number of dimensions of each tensor argument, by name.
+        none_args: the arguments that are `None`.
+    """
+
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    none_args: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
 class MoEBlock:
     """One captured MoE block.
 
@@ -61,6 +75,7 @@ class MoEBlock:
         spec: the description of the experts.
         shared_linears: paths in the block of the linears of shared experts; routers and gates are not among
             them.
+        call: how the block is called.
     """
 
     path: str
@@ -68,6 +83,7 @@ class MoEBlock:
     experts_node: str
     spec: ExpertsSpec
     shared_linears: tuple[str, ...]
+    call: BlockCall = field(default_factory=BlockCall)
 
     @property
     def experts_target(self) -> str:
@@ -80,15 +96,12 @@ class MoEBlock:
         return self.graph.get_submodule(self.experts_target)
 
 
-@dataclass(frozen=True)
-class _Call:
-    """How a block was called: the ranks of its tensor arguments, and which arguments were `None`."""
-
-    ranks: Mapping[str, int] = field(default_factory=dict)
-    none_args: frozenset[str] = frozenset()
-
-
-def capture_moe_blocks(model: nn.Module, example: Mapping[str, Tensor] | Tensor | None = None) -> dict[str, MoEBlock]:
+def capture_moe_blocks(
+    model: nn.Module,
+    example: Mapping[str, Tensor] | Tensor | None = None,
+    *,
+    calls: Mapping[str, BlockCall] | None = None,
+) -> dict[str, MoEBlock]:
     """Capture every MoE block of `model`. Nothing in the model is changed.
 
     The graphs are for inference: branches on `self.training` are followed as in eval mode. They are dynamic
@@ -103,6 +116,7 @@ def capture_moe_blocks(model: nn.Module, example: Mapping[str, Tensor] | Tensor 
             to see how the blocks are called. Without it, or for a block that it does not reach, the first
             argument of a block counts as `(batch, sequence, features)` and optional arguments as `None`. A
             model on the meta device must be captured without it.
+        calls: how blocks are called, by path, where that is known without running an example.
 
     Returns:
         The blocks by path, in module order.
@@ -112,16 +126,19 @@ def capture_moe_blocks(model: nn.Module, example: Mapping[str, Tensor] | Tensor 
             the block and the reason.
     """
     found = find_experts(model)
-    calls = {} if example is None else _record_calls(model, found, example)
+    if example is not None:
+        calls = _record_calls(model, found, example)
+    calls = calls or {}
     return {one.block_path: _capture(model, one, calls.get(one.block_path)) for one in found}
 
 
-def _capture(model: nn.Module, found: FoundExperts, call: _Call | None) -> MoEBlock:
+def _capture(model: nn.Module, found: FoundExperts, call: BlockCall | None) -> MoEBlock:
     block = model.get_submodule(found.block_path)
+    call = call or _default_call(block)
     try:
         spec = read_spec(model.get_submodule(found.path), found.path)
         view = dispatched_block(block, found.name) if spec.kind == "list" else block
-        graph = _trace_block(view, call or _default_call(block)) if found.has_block else _bare_graph(block)
+        graph = _trace_block(view, call) if found.has_block else _bare_graph(block)
         graph.spec = spec
         name = found.name if found.has_block else "experts"
         node = _experts_node(graph, name)
@@ -130,10 +147,10 @@ def _capture(model: nn.Module, found: FoundExperts, call: _Call | None) -> MoEBl
     except _TRACE_ERRORS as error:
         raise refusal(model, found.block_path, error) from error
     shared = tuple(_shared_linears(graph, name)) if found.has_block else ()
-    return MoEBlock(found.block_path, graph, node.name, spec, shared)
+    return MoEBlock(found.block_path, graph, node.name, spec, shared, call)
 
 
-def _trace_block(block: nn.Module, call: _Call) -> MoEGraph:
+def _trace_block(block: nn.Module, call: BlockCall) -> MoEGraph:
     """Trace a block, specialised on `None` arguments only if that makes a difference."""
     if not call.none_args:
         return trace_module(block, ranks=call.ranks)
@@ -206,17 +223,17 @@ def _shared_linears(graph: MoEGraph, experts: str) -> Iterator[str]:
                     yield path
 
 
-def _default_call(block: nn.Module) -> _Call:
+def _default_call(block: nn.Module) -> BlockCall:
     parameters = inspect.signature(block.forward).parameters
     optional = frozenset(name for name, parameter in parameters.items() if parameter.default is None)
-    return _Call(dict.fromkeys([*parameters][:1], 3), optional)
+    return BlockCall(dict.fromkeys([*parameters][:1], 3), optional)
 
 
 def _record_calls(
     model: nn.Module, found: list[FoundExperts], example: Mapping[str, Tensor] | Tensor
-) -> dict[str, _Call]:
+) -> dict[str, BlockCall]:
     """Run one forward pass and note how it called each block (the first time)."""
-    calls: dict[str, _Call] = {}
+    calls: dict[str, BlockCall] = {}
 
     def recorder(path: str, signature: inspect.Signature) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -224,7 +241,7 @@ def _record_calls(
             bound.apply_defaults()
             given = bound.arguments
             ranks = {name: value.dim() for name, value in given.items() if isinstance(value, Tensor)}
-            calls.setdefault(path, _Call(ranks, frozenset(name for name in given if given[name] is None)))
+            calls.setdefault(path, BlockCall(ranks, frozenset(name for name in given if given[name] is None)))
 
         return hook
 

@@ -13,7 +13,7 @@ from moe_compiler.kernels.buffers import FixedDtypeBuffers
 from moe_compiler.kernels.experts import PackedExpertLinear
 from moe_compiler.kernels.linear import PackedLinear
 from moe_compiler.kernels.shared import append_experts
-from moe_compiler.passes.absorb import AbsorbSharedExperts, ExtendRouting, find_shared_experts
+from moe_compiler.passes.absorb import AbsorbSharedExperts, ExtendRouting, SharedExperts, find_shared_experts
 from moe_compiler.passes.base import MoEPass, run_passes
 from moe_compiler.passes.capture import MoEBlock, trace_experts
 from moe_compiler.passes.fuse import FuseExperts, fusible_activation
@@ -23,8 +23,9 @@ from moe_compiler.passes.graph import MoEGraph
 class LoweredExperts(FixedDtypeBuffers, MoEGraph):
     """The experts of one layer as a graph of packed operators; its buffers are the packed weights and the pools.
 
-    `spec` is the description of the experts it replaces. `meta` keeps the `group_size` and, as `"unfused"`, the graph
-    with one operator per linear, which an observer can look into.
+    `spec` is the description of the experts it replaces. `meta` keeps the `group_size`, as `"absorbed"` the shared
+    experts that run as routed ones, and as `"unfused"` the graph with one operator per linear, which an observer can
+    look into.
     """
 
     def unfused(self) -> MoEGraph:
@@ -158,16 +159,44 @@ def lower_block(
     """
     lowered = lower_experts(block, packed)
     activation = fusible_activation(lowered, block.spec)
-    if activation is not None:
-        absorbed = find_shared_experts(block, activation, lowered.meta["group_size"]) if shared else None
-        passes: list[MoEPass] = [FuseExperts(block.spec)]
-        if absorbed is not None:
-            both = zip(packed.items(), absorbed.split(shared), strict=True)
-            lowered = lower_experts(block, {name: append_experts(linear, extra) for (name, linear), extra in both})
-            passes.append(ExtendRouting(block.spec.num_experts, absorbed))
-            run_passes(block.graph, [AbsorbSharedExperts(block)])
-            shared = {}
-        run_passes(lowered, passes)
+    absorbed = None
+    if activation is not None and shared:
+        absorbed = find_shared_experts(block, activation, lowered.meta["group_size"])
+    if absorbed is not None:
+        both = zip(packed.items(), absorbed.split(shared), strict=True)
+        packed = {name: append_experts(linear, extra) for (name, linear), extra in both}
+        shared = {}
+    return place_block(model, block, packed, shared, absorbed)
+
+
+def place_block(
+    model: nn.Module,
+    block: MoEBlock,
+    packed: Mapping[str, PackedExpertLinear],
+    shared: Mapping[str, PackedExpertLinear],
+    absorbed: SharedExperts | None,
+) -> LoweredExperts:
+    """What `lower_block` does once it is decided which shared experts run as routed ones; nothing is computed.
+
+    Args:
+        model: the model that `block` was captured from; on the meta device if the packed linears are.
+        block: the captured block; its graph becomes the model's block.
+        packed: the packed linears by projection: of the experts, then of the shared ones in `absorbed`.
+        shared: the packed linears of other shared experts by path in the block.
+        absorbed: the shared experts that run as routed ones; kept as `meta["absorbed"]` of the result.
+
+    Returns:
+        The lowered experts, now part of the model.
+    """
+    lowered = lower_experts(block, packed)
+    lowered.meta["absorbed"] = absorbed
+    passes: list[MoEPass] = []
+    if fusible_activation(lowered, block.spec) is not None:
+        passes.append(FuseExperts(block.spec))
+    if absorbed is not None:
+        passes.append(ExtendRouting(block.spec.num_experts, absorbed))
+        run_passes(block.graph, [AbsorbSharedExperts(block)])
+    run_passes(lowered, passes)
     for path, linear in shared.items():
         original = block.graph.get_submodule(path)
         assert isinstance(original, nn.Linear)

@@ -19,7 +19,7 @@ OBSERVER = "experts_observer"
 ACCUMULATORS = "accumulators"
 """Where the `meta` of an observer lists its accumulators; it may share other buffers with the model."""
 _LINEARS = (ops.expert_linear, ops.packed_expert_linear)
-_OBSERVERS = (ops.observe_experts_, ops.observe_routing_)
+_OBSERVERS = (ops.observe_experts_, ops.observe_routing_, ops.observe_coactivation_)
 
 
 class ObserveLinears(MoEPass):
@@ -39,6 +39,7 @@ class ObserveLinears(MoEPass):
         expert_ids = top_k_index.reshape(-1)
         routing_weights = top_k_weights.reshape(-1)                      # (R,)
         observe_routing_(expert_ids, routing_weights, ...)
+        observe_coactivation_(expert_ids, ...)
         observe_experts_(hidden_states, expert_ids, routing_weights, ...)
         gate_up = expert_linear(hidden_states, expert_ids, ...)
         act = silu(gate) * up
@@ -97,6 +98,13 @@ class ObserveLinears(MoEPass):
                 ops.observe_routing_,
                 (expert_ids, gate, token_weight, top_k, *routing),
                 name="observe_routing",
+            )
+            coactivation = buffer("coactivation", experts, experts, dtype=torch.int64)
+            graph.create_node(
+                "call_function",
+                ops.observe_coactivation_,
+                (expert_ids, top_k, coactivation),
+                name="observe_coactivation",
             )
         for linear, projection in zip(linears, self.spec.projections, strict=True):
             size = projection.in_features
@@ -235,6 +243,7 @@ def read_statistics(observer: nn.Module, spec: ExpertsSpec) -> BlockStatistics:
         token_mass=copied("token_mass"),
         gate_mass=copied("gate_mass"),
         linears=linears,
+        coactivation=copied("coactivation"),
     )
 
 

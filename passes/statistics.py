@@ -46,6 +46,8 @@ class BlockStatistics:
         token_mass: `(E,)` float64, the sum of `w` over the tokens routed to each expert.
         gate_mass: `(E,)` float64, the sum of `w·g` over the tokens routed to each expert.
         linears: the sums of each expert linear, by its name (`gate_up_proj` or `up_proj`, and `down_proj`).
+        coactivation: `(E, E)` int64, tokens routed to both experts (on the diagonal, to the one), or `None` where it
+            was not collected.
     """
 
     top_k: int
@@ -55,6 +57,7 @@ class BlockStatistics:
     token_mass: Tensor
     gate_mass: Tensor
     linears: Mapping[str, LinearStatistics]
+    coactivation: Tensor | None = None
 
     @property
     def num_experts(self) -> int:
@@ -67,6 +70,9 @@ class BlockStatistics:
                 "statistics of different MoE blocks cannot be added: "
                 f"top_k {self.top_k} and {other.top_k}, linears {list(self.linears)} and {list(other.linears)}"
             )
+        coactivation = None
+        if self.coactivation is not None and other.coactivation is not None:
+            coactivation = self.coactivation + other.coactivation
         return replace(
             self,
             tokens=self.tokens + other.tokens,
@@ -75,6 +81,7 @@ class BlockStatistics:
             token_mass=self.token_mass + other.token_mass,
             gate_mass=self.gate_mass + other.gate_mass,
             linears={name: linear + other.linears[name] for name, linear in self.linears.items()},
+            coactivation=coactivation,
         )
 
 
@@ -92,6 +99,7 @@ class LayerEvidence:
         errors: by linear and width, `(n, E)` float64: the expected squared output error of each expert on each
             dataset if it is quantized at that width. Only the strategy `budget` needs it.
         signal: by linear, `(n, E)` float64: the squared size of the output itself, which `errors` is judged by.
+        sensitivity: what a relative error of this layer costs, compared with other layers.
     """
 
     path: str
@@ -101,6 +109,7 @@ class LayerEvidence:
     overhead_bits: Mapping[str, float]
     errors: Mapping[str, Mapping[int, Tensor]] | None = None
     signal: Mapping[str, Tensor] | None = None
+    sensitivity: float = 1.0
 
     @property
     def datasets(self) -> tuple[str, ...]:

@@ -92,7 +92,7 @@ def test_more_bits_come_closer_to_the_original(quantizer: str) -> None:
 
 
 def test_without_a_target_the_clustering_decides() -> None:
-    model = dynamo_compile(olmoe(), datasets(), target_bits=None, progress=False)
+    model = dynamo_compile(olmoe(), datasets(), strategy="dynamo", target_bits=None, progress=False)
     assert model.moe_report.plan.target_bits is None
     assert len(model.moe_report.plan.histogram()) > 1
 
@@ -147,17 +147,19 @@ def test_generate_pipeline_and_copies_work(compiled: Any) -> None:
     assert text.startswith("w3 w4 w5")
 
 
-def test_saving_is_refused_in_words(compiled: Any, tmp_path: Any) -> None:
-    with pytest.raises(NotImplementedError, match="cannot be saved with `save_pretrained` yet"):
-        compiled.save_pretrained(tmp_path)
-    assert not list(tmp_path.iterdir())
-
-
 @pytest.mark.parametrize("name", ["deepseek_v1", *(n for n in ("gemma4", "gpt_oss") if n in architecture_names())])
 def test_other_forms_of_experts_go_all_the_way(name: str) -> None:
     model = deepseek_v1.build() if name == "deepseek_v1" else build(name)
     ids = tokens(6, 24, high=90)
-    dynamo_compile(model, {"some": ids}, target_bits=None, pool_fraction=0.05, cache_fraction=0.5, progress=False)
+    dynamo_compile(
+        model,
+        {"some": ids},
+        strategy="dynamo",
+        target_bits=None,
+        pool_fraction=0.05,
+        cache_fraction=0.5,
+        progress=False,
+    )
     with torch.no_grad():
         before = model(input_ids=ids[:2], use_cache=False).logits
         report = model.runtime.adapt(tokens(4, 24, 5, high=30), name="others")
