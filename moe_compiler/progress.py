@@ -70,4 +70,4 @@ class SpeedColumn(ProgressColumn):
     def render(self, task: Task) -> Text:
         """The speed of the last half minute, or of the whole step once it is finished."""
         speed = task.finished_speed or task.speed
-        return Text("" if not self.unit or speed is None else f"{speed:,.0f} {self.unit}/s")
+        return Text("" if not self.unit or not speed else f"{speed:,.0f} {self.unit}/s")

@@ -9,11 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import moe_compiler.report.adaptation as adaptation
+import moe_compiler.report.allocation as allocation
+import moe_compiler.report.channels as channels
+import moe_compiler.report.graphs as graphs
+import moe_compiler.report.joint as joint
+import moe_compiler.report.significance as significance
+import moe_compiler.report.similarity as similarity
+import moe_compiler.report.size as size
+import moe_compiler.report.tables as tables
+import moe_compiler.report.tokens as token_figures
 from moe_compiler.analysis import Analysis
 from moe_compiler.coverage import CompileReport
 from moe_compiler.graph_record import GraphRecord
-from moe_compiler.report import adaptation, allocation, channels, graphs, joint, significance, similarity, size, tables
-from moe_compiler.report import tokens as token_figures
 from moe_compiler.report.figure import Figure
 from moe_compiler.report.page import Part, Section, code_part, figure_part, page
 from moe_compiler.runtime.profile import Profile
