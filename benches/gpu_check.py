@@ -177,12 +177,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", help="cpu or cuda; the default is the GPU where there is one")
     parser.add_argument("--quick", action="store_true", help="small sizes, one dtype")
-    parser.add_argument("--jobs", type=int, help="processes; the default is one on a CPU, up to 8 for a GPU")
+    parser.add_argument("--jobs", type=int, help="processes; the default is one on a CPU, up to 16 for a GPU")
     options = parser.parse_args(arguments)
     device = pick_device(options.device)
     environment = Environment.of(device)
     print(environment)
-    jobs = options.jobs or (min(8, environment.cores) if device.type == "cuda" else 1)
+    jobs = options.jobs or (min(16, environment.cores) if device.type == "cuda" else 1)
     count, failures = 0, []
     for outcome in run_all(options.quick, device, jobs):
         count += 1

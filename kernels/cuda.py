@@ -2,18 +2,20 @@
 
 Nothing is read on the host: launches, grids and allocations follow from shapes alone, so a CUDA graph that was captured
 for a shape serves every routing and every content of the weights and pools.
+
+Triton launches on the current device, which need not be that of the tensors: a model may be spread over several GPUs.
+So the operators here make theirs the current one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from moe_compiler.kernels import cpu, triton_decode, triton_prefill
+from moe_compiler.kernels import cpu, triton_experts
 from moe_compiler.kernels.packed import PackedTensors
 from moe_compiler.kernels.tiles import DEFAULT, Schedule, choose_schedule
 from moe_compiler.kernels.triton_dequantize import down_dense, gate_up_dense, linear_dense, workspace_bytes
@@ -34,12 +36,12 @@ def packed_expert_linear(
         return cpu.packed_expert_linear(x, expert_ids, weight, bias, group_size)
     packed = PackedTensors(*weight)
     schedule = _schedule(x, expert_ids, packed, x.shape[1])
-    blocks = _blocks(expert_ids, packed, schedule)
-    if schedule.path == "dense":
-        assert blocks is not None
-        return linear_dense(x, expert_ids, blocks, packed, bias, group_size)
-    out: Tensor = kernels_of(schedule).linear(x, expert_ids, blocks, packed, bias, group_size, schedule.down)
-    return out
+    with torch.cuda.device_of(x):
+        blocks = _blocks(expert_ids, packed, schedule)
+        if schedule.path == "dense":
+            assert blocks is not None
+            return linear_dense(x, expert_ids, blocks, packed, bias, group_size)
+        return triton_experts.linear(schedule.path, x, expert_ids, blocks, packed, bias, group_size, schedule.down)
 
 
 def packed_experts(
@@ -65,9 +67,10 @@ def packed_experts(
         )
     first, second = PackedTensors(*gate_up), PackedTensors(*down)
     schedule = _schedule(x, top_k_index.reshape(-1), first, x.shape[1])
-    return run_experts(
-        schedule, x, top_k_index, top_k_weights, first, gate_up_bias, second, down_bias, activation, group_size
-    )
+    with torch.cuda.device_of(x):
+        return run_experts(
+            schedule, x, top_k_index, top_k_weights, first, gate_up_bias, second, down_bias, activation, group_size
+        )
 
 
 def run_experts(
@@ -82,21 +85,21 @@ def run_experts(
     activation: str,
     group_size: int,
 ) -> Tensor:
-    """`packed_experts` by a given schedule."""
+    """`packed_experts` by a given schedule, on the current device."""
     expert_ids = top_k_index.reshape(-1)
     blocks = _blocks(expert_ids, gate_up, schedule)
     if schedule.path == "dense":
         assert blocks is not None
         hidden = gate_up_dense(x, blocks, gate_up, gate_up_bias, activation, group_size, top_k_index.shape[1])
         return down_dense(hidden, blocks, top_k_weights, down, down_bias, group_size)
-    kernels = kernels_of(schedule)
-    hidden = kernels.gate_up(x, expert_ids, blocks, gate_up, gate_up_bias, activation, group_size, schedule.gate_up)
+    hidden = triton_experts.gate_up(
+        schedule.path, x, expert_ids, blocks, gate_up, gate_up_bias, activation, group_size, schedule.gate_up
+    )
     deterministic = not schedule.atomic or torch.are_deterministic_algorithms_enabled()
-    out: Tensor = kernels.down(
-        hidden, expert_ids, blocks, top_k_weights, down, down_bias, group_size, schedule.down,
+    return triton_experts.down(
+        schedule.path, hidden, expert_ids, blocks, top_k_weights, down, down_bias, group_size, schedule.down,
         deterministic=deterministic,
     )  # fmt: skip
-    return out
 
 
 def _schedule(x: Tensor, expert_ids: Tensor, packed: PackedTensors, in_features: int) -> Schedule:
@@ -109,11 +112,6 @@ def _schedule(x: Tensor, expert_ids: Tensor, packed: PackedTensors, in_features:
 
 def _blocks(expert_ids: Tensor, packed: PackedTensors, schedule: Schedule) -> Blocks | None:
     return None if schedule.direct else route(expert_ids, packed.num_experts, schedule.down.block_m)
-
-
-def kernels_of(schedule: Schedule) -> ModuleType:
-    """The module with the launchers `gate_up`, `down` and `linear` of a path that reads packed weights."""
-    return triton_decode if schedule.path == "decode" else triton_prefill
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Triton kernels for few tokens per expert: they read every weight once, as packed, and are bound by memory.
+"""The Triton kernel for few tokens per expert: it reads every weight once, as packed, and is bound by memory.
 
 A program computes `block_n` output features of up to `block_m` rows of one expert. Weights are the first operand of
 `tl.dot`, so that their digits go from shared memory to the tensor cores through registers only, and tokens the second
@@ -25,39 +25,13 @@ import triton
 import triton.language as tl
 
 from moe_compiler.kernels.triton_digits import bias_of, dot, dot_codes, load_planes, uniform_bias
-from moe_compiler.kernels.triton_epilogue import activate, clear_foreign_rows
+from moe_compiler.kernels.triton_epilogue import clear_foreign_rows, write_block
 from moe_compiler.kernels.triton_pool import columns, load_slots
+from moe_compiler.kernels.triton_routing import load_block, program_block
 
 
 @triton.jit
-def load_block(
-    expert_ids: tl.tensor,
-    record: tl.tensor,
-    order: tl.tensor,
-    block: tl.tensor,
-    E: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-) -> tl.tensor:
-    """The expert of a block, -1 for none, and its rows: `(BLOCK_M,)` numbers, and which of them exist.
-
-    Without `record` and `order` block `b` is row `b` alone, of expert `expert_ids[b]`.
-    """
-    lane = tl.arange(0, BLOCK_M)
-    if record is None:
-        expert = tl.load(expert_ids + block)
-        expert = tl.where((expert >= 0) & (expert < E), expert, -1).to(tl.int32)
-        valid = lane < 1
-        row = block + lane * 0
-    else:
-        expert = tl.load(record + 4 * block)
-        first = tl.load(record + 4 * block + 1)
-        valid = lane < tl.load(record + 4 * block + 2)
-        row = tl.load(order + first + lane, mask=valid, other=0)
-    return expert, row, valid
-
-
-@triton.jit
-def _matmul(
+def _multiply(
     acc: tl.tensor,
     x: tl.tensor,
     x_mask: tl.tensor,
@@ -115,171 +89,8 @@ def _matmul(
     return acc
 
 
-@triton.jit
-def _multiply(
-    x: tl.tensor,
-    x_mask: tl.tensor,
-    projected: tl.tensor,
-    weight: tl.tuple,
-    bias: tl.tensor,
-    expert: tl.tensor,
-    feature: tl.tensor,
-    exists: tl.tensor,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    GROUP: tl.constexpr,
-    EVEN_N: tl.constexpr,
-    SLOTS: tl.constexpr,
-    ASM: tl.constexpr,
-) -> tl.tensor:
-    """Some output features of one expert for a block of rows, pool and bias included.
-
-    Args:
-        x: `(1, rows)` pointers to the rows of `x`.
-        x_mask: `(1, rows)`, the rows that exist.
-        projected: `(1, rows)` pointers to what `triton_pool.project` made of them, or `None`.
-        weight: `PackedTensors`.
-        bias: pointer to `(E, N)`, or `None`.
-        expert: the block's expert.
-        feature: `(features,)`, output features.
-        exists: `(features,)`, those that exist.
-        N: output features of the linear.
-        K: input features.
-        GROUP: input channels of one scale.
-        EVEN_N: whether all features exist.
-        SLOTS: pool slots of one dot, 0 for no pool.
-        ASM: see `triton_digits`.
-
-    Returns:
-        `(features, rows)` float32.
-    """
-    GROUPS: tl.constexpr = (K + GROUP - 1) // GROUP
-    acc = tl.zeros((feature.shape[0], x_mask.shape[1]), tl.float32)
-    P = tl.load(weight.table + 2 * expert)
-    planes = weight.planes + tl.load(weight.table + 2 * expert + 1).to(tl.int64) * 128
-    scale = weight.scale + expert.to(tl.int64) * (N * GROUPS)
-    zero = weight.zero_point + expert.to(tl.int64) * (N * GROUPS)
-    if SLOTS:
-        # The first slots' chain of loads starts before the long loop and is used after it.
-        slot = tl.load(weight.pool_offset + expert)
-        end = tl.load(weight.pool_offset + expert + 1)
-        x_slots, value, unit = load_slots(slot, end, x, x_mask, projected, feature, exists, weight, N, K, SLOTS)
-    if P == 1:
-        acc = _matmul(acc, x, x_mask, planes, scale, zero, feature, exists, 1, N, K, GROUP, EVEN_N, ASM)
-    elif P == 2:
-        acc = _matmul(acc, x, x_mask, planes, scale, zero, feature, exists, 2, N, K, GROUP, EVEN_N, ASM)
-    elif P == 3:
-        acc = _matmul(acc, x, x_mask, planes, scale, zero, feature, exists, 3, N, K, GROUP, EVEN_N, ASM)
-    else:
-        acc = _matmul(acc, x, x_mask, planes, scale, zero, feature, exists, 4, N, K, GROUP, EVEN_N, ASM)
-    if SLOTS:
-        while slot < end:
-            acc = dot(columns(value, unit, x.dtype.element_ty), x_slots, acc)
-            slot += SLOTS
-            x_slots, value, unit = load_slots(slot, end, x, x_mask, projected, feature, exists, weight, N, K, SLOTS)
-    if bias is not None:
-        own = tl.load(bias + expert.to(tl.int64) * N + feature, mask=exists, other=0.0)
-        acc += own.to(tl.float32)[:, None]
-    return acc
-
-
-@triton.jit
-def _store_rows(
-    out: tl.tensor, row: tl.tensor, column: tl.tensor, mask: tl.tensor, value: tl.tensor, N: tl.constexpr
-) -> None:
-    """Stores `(columns, rows)` to `out` `(R, N)`."""
-    tl.store(out + row.to(tl.int64)[None, :] * N + column[:, None], value.to(out.dtype.element_ty), mask=mask)
-
-
 @triton.jit(do_not_specialize=["num_rows"])
-def gate_up_kernel(
-    x: tl.tensor,
-    projected: tl.tensor,
-    expert_ids: tl.tensor,
-    record: tl.tensor,
-    order: tl.tensor,
-    offsets: tl.tensor,
-    weight: tl.tuple,
-    bias: tl.tensor,
-    h: tl.tensor,
-    num_rows: tl.tensor,
-    E: tl.constexpr,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    D: tl.constexpr,
-    REPEAT: tl.constexpr,
-    GROUP: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    SLOTS: tl.constexpr,
-    ASM: tl.constexpr,
-) -> None:
-    """`h = act(gate) · up` of a block of rows.
-
-    Grid: blocks of output features, blocks of rows.
-
-    Args:
-        x: `(T, K)` or `(R, K)` float16 or bfloat16.
-        projected: what `triton_pool.project` made of `x`.
-        expert_ids: `(R,)`, read if there are no blocks.
-        record, order, offsets: of `triton_routing.Blocks`, or `None` for a block per row.
-        weight: `PackedTensors` of the linear `(N, K)`.
-        bias: `(E, N)` or `None`.
-        h: `(R, N / 2)`, in the dtype of `x`.
-        num_rows: `R`.
-        E: experts.
-        N: output features of the linear.
-        K: input features.
-        D: the pool's directions.
-        REPEAT: consecutive rows that read one row of `x`.
-        GROUP: input channels of one scale.
-        ACTIVATION: see `triton_epilogue.activate`.
-        BLOCK_N: columns of a program's part of the result.
-        BLOCK_M: rows of a block.
-        SLOTS: pool slots of one dot, 0 for no pool.
-        ASM: see `triton_digits`.
-    """
-    block = tl.program_id(1)
-    WIDTH: tl.constexpr = N // 2
-    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    both = tl.arange(0, 2 * BLOCK_N)
-    column_of_both = tl.program_id(0) * BLOCK_N + both % BLOCK_N
-    feature = column_of_both + both // BLOCK_N * WIDTH
-    expert, row, valid = load_block(expert_ids, record, order, block, E, BLOCK_M)
-    mask = valid[None, :] & (column < WIDTH)[:, None]
-    if record is not None:
-        clear_foreign_rows(h, order, offsets, num_rows, block, column, column < WIDTH, E, WIDTH, BLOCK_M)
-    if expert < 0:
-        if record is None:
-            _store_rows(h, row, column, mask, tl.zeros((BLOCK_N, BLOCK_M), tl.float32), WIDTH)
-        return
-    x += (row // REPEAT).to(tl.int64)[None, :] * K
-    if projected is not None:
-        projected += (row // REPEAT).to(tl.int64)[None, :] * D
-    EVEN_N: tl.constexpr = WIDTH % BLOCK_N == 0
-    acc = _multiply(
-        x,
-        valid[None, :],
-        projected,
-        weight,
-        bias,
-        expert,
-        feature,
-        column_of_both < WIDTH,
-        N,
-        K,
-        GROUP,
-        EVEN_N,
-        SLOTS,
-        ASM,
-    )
-    gate, up = acc.reshape(2, BLOCK_N, BLOCK_M).permute(1, 2, 0).split()
-    _store_rows(h, row, column, mask, activate(gate, ACTIVATION) * up, WIDTH)
-
-
-@triton.jit(do_not_specialize=["num_rows"])
-def linear_kernel(
+def decode_kernel(
     x: tl.tensor,
     projected: tl.tensor,
     expert_ids: tl.tensor,
@@ -297,26 +108,29 @@ def linear_kernel(
     D: tl.constexpr,
     REPEAT: tl.constexpr,
     GROUP: tl.constexpr,
-    EPILOGUE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    ATOMIC: tl.constexpr,
     TOP_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     SLOTS: tl.constexpr,
     ASM: tl.constexpr,
 ) -> None:
-    """A linear for a block of rows; what happens to its result is chosen by `EPILOGUE`.
+    """A block of rows of one expert times `BLOCK_N` columns of `out`.
 
-    Grid: blocks of output features, blocks of rows.
+    With an activation, the linear is a gate's and an up projection's rows, and both halves of a column are computed in
+    one accumulator of twice the height: the gate's rows first. Rows that no expert here computes are cleared, unless
+    there are routing weights: what adds up a token's rows then leaves them out.
 
     Args:
         x: `(T, K)` or `(R, K)` float16 or bfloat16.
-        projected: what `triton_pool.project` made of `x`.
+        projected: what `triton_pool.project` made of `x`, or `None`.
         expert_ids: `(R,)`, read if there are no blocks.
         record, order, offsets: of `triton_routing.Blocks`, or `None` for a block per row.
         weight: `PackedTensors` of the linear `(N, K)`.
         bias: `(E, N)` or `None`.
-        routing_weights: `(R,)`, or `None` for `EPILOGUE` 0.
-        out: `(R, N)`, or `(R / TOP_K, N)` for `EPILOGUE` 2.
+        routing_weights: `(R,)` to multiply rows with, or `None`.
+        out: `(R, N)`; `(R, N / 2)` with an activation, `(R / TOP_K, N)` float32 if `ATOMIC`.
         num_rows: `R`.
         E: experts.
         N: output features of the linear.
@@ -324,35 +138,63 @@ def linear_kernel(
         D: the pool's directions.
         REPEAT: consecutive rows that read one row of `x`.
         GROUP: input channels of one scale.
-        EPILOGUE: 0 to store rows, 1 to store them times their routing weights, 2 to add those to their tokens.
+        ACTIVATION: see `triton_epilogue.activate`; `None` for none.
+        ATOMIC: adds rows to their tokens instead of storing them.
         TOP_K: rows of one token.
-        BLOCK_N: columns of a program's part of the result.
+        BLOCK_N: columns of a program.
         BLOCK_M: rows of a block.
         SLOTS: pool slots of one dot, 0 for no pool.
         ASM: see `triton_digits`.
     """
-    block = tl.program_id(1)
-    feature = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    exists = feature < N
+    WIDTH: tl.constexpr = N if ACTIVATION is None else N // 2
+    GROUPS: tl.constexpr = (K + GROUP - 1) // GROUP
+    EVEN_N: tl.constexpr = WIDTH % BLOCK_N == 0
+    block, first = program_block(WIDTH, BLOCK_N)
+    column = first + tl.arange(0, BLOCK_N)
     expert, row, valid = load_block(expert_ids, record, order, block, E, BLOCK_M)
-    mask = valid[None, :] & exists[:, None]
-    if EPILOGUE == 0 and record is not None:
-        clear_foreign_rows(out, order, offsets, num_rows, block, feature, exists, E, N, BLOCK_M)
+    if routing_weights is None and record is not None:
+        clear_foreign_rows(out, order, offsets, num_rows, block, column, column < WIDTH, E, WIDTH, BLOCK_M)
     if expert < 0:
-        if EPILOGUE == 0 and record is None:
-            _store_rows(out, row, feature, mask, tl.zeros((BLOCK_N, BLOCK_M), tl.float32), N)
+        if routing_weights is None and record is None:
+            tl.store(out + block.to(tl.int64) * WIDTH + column, tl.zeros((BLOCK_N,), tl.float32), mask=column < WIDTH)
         return
-    x += (row // REPEAT).to(tl.int64)[None, :] * K
-    if projected is not None:
-        projected += (row // REPEAT).to(tl.int64)[None, :] * D
-    EVEN_N: tl.constexpr = N % BLOCK_N == 0
-    acc = _multiply(
-        x, valid[None, :], projected, weight, bias, expert, feature, exists, N, K, GROUP, EVEN_N, SLOTS, ASM
-    )
-    if EPILOGUE != 0:
-        acc *= tl.load(routing_weights + row, mask=valid, other=0.0).to(tl.float32)[None, :]
-    if EPILOGUE == 2:
-        target = out + (row // TOP_K).to(tl.int64)[None, :] * N + feature[:, None]
-        tl.atomic_add(target, acc, mask=mask, sem="relaxed")
+    if ACTIVATION is None:
+        feature = column
+        exists = column < WIDTH
     else:
-        _store_rows(out, row, feature, mask, acc, N)
+        lane = tl.arange(0, 2 * BLOCK_N)
+        column_of_lane = first + lane % BLOCK_N
+        feature = column_of_lane + lane // BLOCK_N * WIDTH
+        exists = column_of_lane < WIDTH
+    x_row = (row // REPEAT).to(tl.int64)[None, :]
+    x_mask = valid[None, :]
+    x += x_row * K
+    if projected is not None:
+        projected += x_row * D
+    P = tl.load(weight.table + 2 * expert)
+    planes = weight.planes + tl.load(weight.table + 2 * expert + 1).to(tl.int64) * 128
+    scale = weight.scale + expert.to(tl.int64) * (N * GROUPS)
+    zero = weight.zero_point + expert.to(tl.int64) * (N * GROUPS)
+    acc = tl.zeros((feature.shape[0], BLOCK_M), tl.float32)
+    if SLOTS:
+        # The first slots' chain of loads starts before the long loop and is used after it.
+        slot = tl.load(weight.pool_offset + expert)
+        end = tl.load(weight.pool_offset + expert + 1)
+        x_slots, value, unit = load_slots(slot, end, x, x_mask, projected, feature, exists, weight, N, K, SLOTS)
+    if P == 1:
+        acc = _multiply(acc, x, x_mask, planes, scale, zero, feature, exists, 1, N, K, GROUP, EVEN_N, ASM)
+    elif P == 2:
+        acc = _multiply(acc, x, x_mask, planes, scale, zero, feature, exists, 2, N, K, GROUP, EVEN_N, ASM)
+    elif P == 3:
+        acc = _multiply(acc, x, x_mask, planes, scale, zero, feature, exists, 3, N, K, GROUP, EVEN_N, ASM)
+    else:
+        acc = _multiply(acc, x, x_mask, planes, scale, zero, feature, exists, 4, N, K, GROUP, EVEN_N, ASM)
+    if SLOTS:
+        while slot < end:
+            acc = dot(columns(value, unit, x.dtype.element_ty), x_slots, acc)
+            slot += SLOTS
+            x_slots, value, unit = load_slots(slot, end, x, x_mask, projected, feature, exists, weight, N, K, SLOTS)
+    if bias is not None:
+        own = tl.load(bias + expert.to(tl.int64) * N + feature, mask=exists, other=0.0)
+        acc += own.to(tl.float32)[:, None]
+    write_block(acc, out, routing_weights, row, valid, column, column < WIDTH, WIDTH, ACTIVATION, ATOMIC, TOP_K)

@@ -21,7 +21,7 @@ from moe_compiler.kernels.activation import ACTIVATIONS
 from moe_compiler.kernels.packed import PackedTensors
 from moe_compiler.kernels.triton_digits import dot
 from moe_compiler.kernels.triton_epilogue import activate
-from moe_compiler.kernels.triton_routing import Blocks
+from moe_compiler.kernels.triton_routing import Blocks, program_block
 from moe_compiler.kernels.triton_workspace import dequantize_experts
 
 _COLUMNS = 256  # of a program that copies rows
@@ -167,7 +167,7 @@ def grouped_linear(x: Tensor, blocks: Blocks, weight: Tensor) -> Tensor:
     out = torch.empty(rows, out_features, dtype=x.dtype, device=x.device)
     if rows:
         block_m = max(16, triton.next_power_of_2(blocks.block_m))
-        _grouped_kernel[triton.cdiv(out_features, _BLOCK_N), blocks.record.shape[0]](
+        _grouped_kernel[(triton.cdiv(out_features, _BLOCK_N) * blocks.record.shape[0],)](
             x.contiguous(),
             weight,
             blocks.record,
@@ -231,14 +231,15 @@ def _grouped_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ) -> None:
-    block = record + 4 * tl.program_id(1)
+    number, first_column = program_block(N, BLOCK_N)
+    block = record + 4 * number
     expert = tl.load(block)
     if expert < 0:
         return
     lane = tl.arange(0, BLOCK_M)
     size = tl.load(block + 2)
     row = (tl.load(block + 1) + tl.minimum(lane, size - 1)).to(tl.int64)[:, None]
-    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    column = first_column + tl.arange(0, BLOCK_N)
     exists = column < N
     step = tl.arange(0, BLOCK_K)
     x += row * K + step[None, :]

@@ -1,4 +1,4 @@
-"""What the experts' Triton kernels do after their matrix product: activation, empty rows, the sum over experts."""
+"""What the experts' Triton kernels do after their matrix product: activation, writing, the sum over experts."""
 
 from __future__ import annotations
 
@@ -63,10 +63,53 @@ def clear_foreign_rows(
     first = tl.load(offsets + E) + block * BLOCK_M
     if first < num_rows:
         position = first + tl.arange(0, BLOCK_M)
-        row = tl.load(order + position, mask=position < num_rows, other=0)
+        row = tl.load(order + position, mask=position < num_rows, other=0).to(tl.int64)
         mask = (position < num_rows)[None, :] & column_mask[:, None]
         zeros = tl.zeros((columns.shape[0], BLOCK_M), out.dtype.element_ty)
         tl.store(out + row[None, :] * N + columns[:, None], zeros, mask=mask)
+
+
+@triton.jit
+def write_block(
+    acc: tl.tensor,
+    out: tl.tensor,
+    routing_weights: tl.tensor,
+    row: tl.tensor,
+    valid: tl.tensor,
+    column: tl.tensor,
+    exists: tl.tensor,
+    WIDTH: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    ATOMIC: tl.constexpr,
+    TOP_K: tl.constexpr,
+) -> None:
+    """Writes what a block's rows make of some columns, in the dtype of `out`.
+
+    Args:
+        acc: `(columns, rows)` float32; with an activation `(2·columns, rows)`, the gate's rows first.
+        out: pointer to `(R, WIDTH)`, or `(R / TOP_K, WIDTH)` float32 if `ATOMIC`.
+        routing_weights: pointer to `(R,)`, to multiply rows with, or `None`.
+        row: `(rows,)`.
+        valid: `(rows,)`, those that exist.
+        column: `(columns,)`.
+        exists: `(columns,)`, those that exist.
+        WIDTH: columns of `out`.
+        ACTIVATION: see `activate`; `None` for none.
+        ATOMIC: adds rows to their tokens instead of storing them.
+        TOP_K: rows of one token.
+    """
+    if ACTIVATION is not None:
+        gate, up = acc.reshape(2, column.shape[0], row.shape[0]).permute(1, 2, 0).split()
+        acc = activate(gate, ACTIVATION) * up
+    if routing_weights is not None:
+        acc *= tl.load(routing_weights + row, mask=valid, other=0.0).to(tl.float32)[None, :]
+    mask = exists[:, None] & valid[None, :]
+    if ATOMIC:
+        target = out + (row // TOP_K).to(tl.int64)[None, :] * WIDTH + column[:, None]
+        tl.atomic_add(target, acc, mask=mask, sem="relaxed")
+    else:
+        target = out + row.to(tl.int64)[None, :] * WIDTH + column[:, None]
+        tl.store(target, acc.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_compiler.kernels.triton_digits import dot
+from moe_compiler.kernels.triton_routing import program_block
 
 _UNIT = tl.constexpr(2.0**-7)  # of a direction's INT8 values: keeps projections in the range of float16
 _BLOCK_DIRECTIONS, _BLOCK_ROWS, _BLOCK_CHANNELS = 32, 16, 128
@@ -71,7 +72,7 @@ def columns(value: tl.tensor, scale: tl.tensor, DTYPE: tl.constexpr) -> tl.tenso
     return (value.to(tl.float32) * scale[None, :]).to(DTYPE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def project_kernel(
     x: tl.tensor,
     direction: tl.tensor,
@@ -84,8 +85,9 @@ def project_kernel(
     BLOCK_K: tl.constexpr,
 ) -> None:
     """A tile of `out = x · directionᵀ · 2**-7`."""
-    direction_id = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    block, first_direction = program_block(D, BLOCK_D)
+    direction_id = first_direction + tl.arange(0, BLOCK_D)
+    row = block * BLOCK_M + tl.arange(0, BLOCK_M)
     acc = tl.zeros((BLOCK_D, BLOCK_M), tl.float32)
     for first in tl.range(0, K, BLOCK_K):
         channel = first + tl.arange(0, BLOCK_K)
@@ -121,7 +123,7 @@ def project(x: Tensor, direction: Tensor) -> Tensor | None:
         return None
     out = torch.empty(rows, directions, dtype=x.dtype, device=x.device)
     if rows:
-        project_kernel[triton.cdiv(directions, _BLOCK_DIRECTIONS), triton.cdiv(rows, _BLOCK_ROWS)](
+        project_kernel[(triton.cdiv(directions, _BLOCK_DIRECTIONS) * triton.cdiv(rows, _BLOCK_ROWS),)](
             x,
             direction,
             out,

@@ -18,10 +18,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from moe_compiler.kernels.triton_decode_kernels import load_block
 from moe_compiler.kernels.triton_digits import bias_of, biased_codes, codes, dot, load_planes
-from moe_compiler.kernels.triton_epilogue import activate, clear_foreign_rows
+from moe_compiler.kernels.triton_epilogue import clear_foreign_rows, write_block
 from moe_compiler.kernels.triton_pool import columns, load_slots
+from moe_compiler.kernels.triton_routing import load_block, program_block
 
 
 @triton.constexpr_function
@@ -147,7 +147,7 @@ def _multiply(
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def block_kernel(
+def prefill_kernel(
     x: tl.tensor,
     projected: tl.tensor,
     expert_ids: tl.tensor,
@@ -174,58 +174,49 @@ def block_kernel(
     WHOLE_TILE: tl.constexpr,
     ASM: tl.constexpr,
 ) -> None:
-    """A block of rows of one expert times `BLOCK_N` columns of `out`.
+    """A block of rows of one expert times `BLOCK_N` columns of `out`, as `decode_kernel` does it; always in blocks.
 
-    With an activation, the linear is a gate's and an up projection's rows, and both halves of a column are computed in
-    one accumulator of twice the height: the gate's rows first.
+    Args:
+        WHOLE_TILE: one dot for a tile's 128 channels rather than eight; all others as in `decode_kernel`.
     """
     WIDTH: tl.constexpr = N if ACTIVATION is None else N // 2
-    block = tl.program_id(1)
-    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    block, first = program_block(WIDTH, BLOCK_N)
+    column = first + tl.arange(0, BLOCK_N)
     exists = column < WIDTH
+    expert, row, valid = load_block(expert_ids, record, order, block, E, BLOCK_M)
     if routing_weights is None:
         clear_foreign_rows(out, order, offsets, num_rows, block, column, exists, E, WIDTH, BLOCK_M)
-    expert, row, valid = load_block(expert_ids, record, order, block, E, BLOCK_M)
     if expert < 0:
         return
     if ACTIVATION is None:
         feature = tl.where(exists, column, 0)
     else:
         lane = tl.arange(0, 2 * BLOCK_N)
-        feature = tl.minimum(tl.program_id(0) * BLOCK_N + lane % BLOCK_N, WIDTH - 1) + lane // BLOCK_N * WIDTH
+        feature = tl.minimum(first + lane % BLOCK_N, WIDTH - 1) + lane // BLOCK_N * WIDTH
     own = expert.to(tl.int64) * N + feature
-    x_rows = x + (row // REPEAT).to(tl.int64)[None, :] * K
+    x_row = (row // REPEAT).to(tl.int64)[None, :]
+    x += x_row * K
+    if projected is not None:
+        projected += x_row * D
     P = tl.load(weight.table + 2 * expert)
     planes = weight.planes + tl.load(weight.table + 2 * expert + 1).to(tl.int64) * 128 + feature[:, None] * 16
     s = weight.scale + own * ((K + GROUP - 1) // GROUP)
     z = weight.zero_point + own * ((K + GROUP - 1) // GROUP)
     if P == 1:
-        acc = _multiply(x_rows, planes, s, z, 1, N, K, GROUP, WHOLE_TILE, ASM)
+        acc = _multiply(x, planes, s, z, 1, N, K, GROUP, WHOLE_TILE, ASM)
     elif P == 2:
-        acc = _multiply(x_rows, planes, s, z, 2, N, K, GROUP, WHOLE_TILE, ASM)
+        acc = _multiply(x, planes, s, z, 2, N, K, GROUP, WHOLE_TILE, ASM)
     elif P == 3:
-        acc = _multiply(x_rows, planes, s, z, 3, N, K, GROUP, WHOLE_TILE, ASM)
+        acc = _multiply(x, planes, s, z, 3, N, K, GROUP, WHOLE_TILE, ASM)
     else:
-        acc = _multiply(x_rows, planes, s, z, 4, N, K, GROUP, WHOLE_TILE, ASM)
+        acc = _multiply(x, planes, s, z, 4, N, K, GROUP, WHOLE_TILE, ASM)
     if SLOTS:
-        slots = None if projected is None else projected + (row // REPEAT).to(tl.int64)[None, :] * D
         end = tl.load(weight.pool_offset + expert + 1)
-        for first in tl.range(tl.load(weight.pool_offset + expert), end, SLOTS, num_stages=1):
+        for slot in tl.range(tl.load(weight.pool_offset + expert), end, SLOTS, num_stages=1):
             values, delta, unit = load_slots(
-                first, end, x_rows, valid[None, :], slots, feature, feature < N, weight, N, K, SLOTS
+                slot, end, x, valid[None, :], projected, feature, feature < N, weight, N, K, SLOTS
             )
             acc = dot(columns(delta, unit, x.dtype.element_ty), values, acc)
     if bias is not None:
         acc += tl.load(bias + own).to(tl.float32)[:, None]
-    if ACTIVATION is not None:
-        gate, up = acc.reshape(2, BLOCK_N, BLOCK_M).permute(1, 2, 0).split()
-        acc = activate(gate, ACTIVATION) * up
-    if routing_weights is not None:
-        acc *= tl.load(routing_weights + row, mask=valid, other=0.0).to(tl.float32)[None, :]
-    mask = exists[:, None] & valid[None, :]
-    if ATOMIC:
-        target = out + (row // TOP_K).to(tl.int64)[None, :] * WIDTH + column[:, None]
-        tl.atomic_add(target, acc, mask=mask, sem="relaxed")
-    else:
-        target = out + row.to(tl.int64)[None, :] * WIDTH + column[:, None]
-        tl.store(target, acc.to(out.dtype.element_ty), mask=mask)
+    write_block(acc, out, routing_weights, row, valid, column, exists, WIDTH, ACTIVATION, ATOMIC, TOP_K)

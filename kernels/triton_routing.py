@@ -7,6 +7,9 @@ in a second one every program adds up the counts of the chunks before its own an
 
 All shapes and grids follow from the shapes of the inputs alone, so a CUDA graph that was captured once serves every
 routing (the idea of vLLM's `moe_align_block_size`, which pads where this keeps a list of records).
+
+Launches over blocks of rows and blocks of columns have a grid of one dimension, columns first (`program_block`): the
+other dimensions of a CUDA grid end at 65,535.
 """
 
 from __future__ import annotations
@@ -203,3 +206,38 @@ def _place(
     for first in tl.range(used + chunk * BINS, capacity, chunks * BINS):
         block = first + bins[:, None]
         tl.store(record + block * 4 + field, tl.where(field == 0, -1, 0), mask=block < capacity)
+
+
+@triton.jit
+def program_block(WIDTH: tl.constexpr, BLOCK_N: tl.constexpr) -> tl.tensor:
+    """The program's block of rows, and the first of its `BLOCK_N` columns out of `WIDTH`."""
+    COLUMN_BLOCKS: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
+    program = tl.program_id(0)
+    return program // COLUMN_BLOCKS, program % COLUMN_BLOCKS * BLOCK_N
+
+
+@triton.jit
+def load_block(
+    expert_ids: tl.tensor,
+    record: tl.tensor,
+    order: tl.tensor,
+    block: tl.tensor,
+    E: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+) -> tl.tensor:
+    """The expert of a block, -1 for none, and its rows: `(BLOCK_M,)` numbers, and which of them exist.
+
+    Without `record` and `order` block `b` is row `b` alone, of expert `expert_ids[b]`.
+    """
+    lane = tl.arange(0, BLOCK_M)
+    if record is None:
+        expert = tl.load(expert_ids + block)
+        expert = tl.where((expert >= 0) & (expert < E), expert, -1).to(tl.int32)
+        valid = lane < 1
+        row = block + lane * 0
+    else:
+        expert = tl.load(record + 4 * block)
+        first = tl.load(record + 4 * block + 1)
+        valid = lane < tl.load(record + 4 * block + 2)
+        row = tl.load(order + first + lane, mask=valid, other=0)
+    return expert, row, valid

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from moe_compiler.kernels import triton_decode, triton_prefill
+from moe_compiler.kernels import triton_experts
 from moe_compiler.kernels.packed import PackedTensors
 from moe_compiler.kernels.tiles import Tile
 from moe_compiler.kernels.triton_routing import Blocks
@@ -70,7 +70,7 @@ def decode_gate_up(dtype: torch.dtype, tile: Tile, *, blocked: bool = True) -> N
     x, ids = meta(TOKENS, HIDDEN, dtype=dtype), meta(ROWS, dtype=torch.int64)
     weight = packed(2 * INTERMEDIATE, HIDDEN, slots=1024)
     rows = blocks(tile.block_m) if blocked else None
-    triton_decode.gate_up(x, ids, rows, weight, None, "silu", GROUP, tile)
+    triton_experts.gate_up("decode", x, ids, rows, weight, None, "silu", GROUP, tile)
 
 
 def decode_down(
@@ -80,28 +80,28 @@ def decode_down(
     routing_weights = meta(TOKENS, TOP_K, dtype=torch.float32)
     weight = packed(HIDDEN, INTERMEDIATE, slots=512, directions=directions)
     rows = blocks(tile.block_m) if blocked else None
-    triton_decode.down(h, ids, rows, routing_weights, weight, None, GROUP, tile, deterministic=deterministic)
+    triton_experts.down("decode", h, ids, rows, routing_weights, weight, None, GROUP, tile, deterministic=deterministic)
 
 
 def prefill_gate_up(dtype: torch.dtype, tile: Tile) -> None:
     x, ids = meta(TOKENS, HIDDEN, dtype=dtype), meta(ROWS, dtype=torch.int64)
     weight = packed(2 * INTERMEDIATE, HIDDEN, slots=1024)
-    triton_prefill.gate_up(x, ids, blocks(tile.block_m), weight, None, "silu", GROUP, tile)
+    triton_experts.gate_up("prefill", x, ids, blocks(tile.block_m), weight, None, "silu", GROUP, tile)
 
 
 def prefill_down(dtype: torch.dtype, tile: Tile, *, deterministic: bool = True) -> None:
     h, ids = meta(ROWS, INTERMEDIATE, dtype=dtype), meta(ROWS, dtype=torch.int64)
     routing_weights = meta(TOKENS, TOP_K, dtype=torch.float32)
     weight = packed(HIDDEN, INTERMEDIATE, slots=512, directions=64)
-    triton_prefill.down(
-        h, ids, blocks(tile.block_m), routing_weights, weight, None, GROUP, tile, deterministic=deterministic
+    triton_experts.down(
+        "prefill", h, ids, blocks(tile.block_m), routing_weights, weight, None, GROUP, tile, deterministic=deterministic
     )
 
 
 CASES = (
     Case(
         "decode gate_up",
-        "gate_up_kernel",
+        "decode_kernel",
         decode_gate_up,
         Tile(32, 8, 1, 3),
         2 * 32 * 128,
@@ -109,14 +109,14 @@ CASES = (
     ),
     Case(
         "decode gate_up, block per row",
-        "gate_up_kernel",
+        "decode_kernel",
         partial(decode_gate_up, blocked=False),
         Tile(16, 8, 1, 3),
         2 * 16 * 128,
     ),
     Case(
         "decode down",
-        "linear_kernel",
+        "decode_kernel",
         partial(decode_down, directions=64),
         Tile(64, 8, 1, 3),
         64 * 128,
@@ -124,7 +124,7 @@ CASES = (
     ),
     Case(
         "decode down, atomic",
-        "linear_kernel",
+        "decode_kernel",
         partial(decode_down, blocked=False, deterministic=False),
         Tile(64, 8, 2, 3),
         64 * 128,
@@ -132,7 +132,7 @@ CASES = (
     ),
     Case(
         "decode down, 16 rows",
-        "linear_kernel",
+        "decode_kernel",
         decode_down,
         Tile(32, 16, 1, 2),
         32 * 128,
@@ -140,20 +140,20 @@ CASES = (
     ),
     Case(
         "prefill gate_up",
-        "block_kernel",
+        "prefill_kernel",
         prefill_gate_up,
         Tile(64, 64, 8, 3),
         2 * 64 * 128,
         (("sm_90", "float16"),),
     ),
-    Case("prefill down", "block_kernel", prefill_down, Tile(128, 64, 8, 3), 128 * 128),
+    Case("prefill down", "prefill_kernel", prefill_down, Tile(128, 64, 8, 3), 128 * 128),
     Case(
         "prefill down, 4 warps",
-        "block_kernel",
+        "prefill_kernel",
         partial(prefill_down, deterministic=False),
         Tile(128, 64, 4, 3),
         128 * 128,
         (("sm_100", "float16"),),
     ),
-    Case("prefill down, 128 rows", "block_kernel", prefill_down, Tile(128, 128, 8, 3), 128 * 128),
+    Case("prefill down, 128 rows", "prefill_kernel", prefill_down, Tile(128, 128, 8, 3), 128 * 128),
 )

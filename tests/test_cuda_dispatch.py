@@ -59,9 +59,9 @@ def test_the_table_of_the_package_serves_a_small_batch() -> None:
 def test_pytorch_can_ask_for_the_same_bits_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     kernels = SimpleNamespace(
-        gate_up=lambda x, *_: x, down=lambda h, *_, deterministic: asked.append(deterministic) or h
+        gate_up=lambda _, x, *__: x, down=lambda _, h, *__, deterministic: asked.append(deterministic) or h
     )
-    monkeypatch.setattr(cuda, "kernels_of", lambda _: kernels)
+    monkeypatch.setattr(cuda, "triton_experts", kernels)
     monkeypatch.setattr(cuda, "choose_schedule", lambda *_, **__: replace(SCHEDULES["direct"], atomic=True))
     given = arguments()
     cuda.packed_experts(*given)

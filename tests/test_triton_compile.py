@@ -18,6 +18,7 @@ from kernel_launches import CASES
 
 PROCESSES = 2
 BUILDS = [(case.name, target, dtype) for case in CASES for target, dtype in case.builds]
+SHARED_BYTES = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}  # of one program, at most
 MOST_INSTRUCTIONS = {1: 1.7, 2: 2.2, 3: 3.3, 4: 3.3}  # per weight, in the loop of so many planes, float16 on sm_90
 
 
@@ -42,6 +43,11 @@ def test_loops_do_not_spill(measurements, build):
     measurement = measurements[build]
     assert measurement["spills"] <= (0 if build[1] == "gfx942" else 32)
     assert all(loop["local"] == 0 for loop in measurement["loops"])
+
+
+@pytest.mark.parametrize("build", BUILDS, ids=" ".join)
+def test_tiles_fit_in_shared_memory(measurements, build):
+    assert measurements[build]["shared_bytes"] <= SHARED_BYTES[build[1]]
 
 
 @pytest.mark.parametrize("build", [build for build in BUILDS if build[1].startswith("sm_")], ids=" ".join)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from packed import random_packed
 from torch import Tensor
 
-from moe_compiler.kernels import triton_decode
+from moe_compiler.kernels import triton_experts
 from moe_compiler.kernels.activation import ACTIVATIONS, gated
 from moe_compiler.kernels.packed import PackedTensors
 from moe_compiler.kernels.pool import ChannelPool
@@ -41,7 +41,7 @@ def check_linear(
     blocked: bool = False,
 ) -> Tensor:
     blocks = blocks_for(ids, weight.num_experts, blocked)
-    out = triton_decode.linear(x, ids, blocks, weight, bias, group_size, TILE)
+    out = triton_experts.linear("decode", x, ids, blocks, weight, bias, group_size, TILE)
     assert out.dtype == x.dtype
     assert_near(out, packed_expert_linear_reference(x.double(), ids, weight, bias, group_size), x.dtype)
     return out
@@ -135,7 +135,9 @@ def test_gate_up(activation, blocked):
     packed = random_packed((4, 2, 8), 2 * 19, 64, slots=4)
     x, ids, bias = torch.randn(2, 64).half(), torch.tensor([2, 3]), torch.randn(3, 2 * 19)
     both = packed_expert_linear_reference(x.double(), ids, packed.tensors, bias, 32)
-    h = triton_decode.gate_up(x, ids, blocks_for(ids, 3, blocked), packed.tensors, bias, activation, 32, TILE)
+    h = triton_experts.gate_up(
+        "decode", x, ids, blocks_for(ids, 3, blocked), packed.tensors, bias, activation, 32, TILE
+    )
     assert_near(h, gated(both, activation), torch.float16)
     assert not h[1].any()
 
@@ -148,13 +150,13 @@ def test_both_halves_make_the_layer(dtype, blocked):
     index, weights = torch.tensor([[1, 3], [0, 1]]), torch.rand(2, 2)
     ids = index.flatten()
     blocks = blocks_for(ids, 3, blocked)
-    h = triton_decode.gate_up(x, ids, blocks, gate_up.tensors, gate_up_bias, "silu", 32, TILE)
+    h = triton_experts.gate_up("decode", x, ids, blocks, gate_up.tensors, gate_up_bias, "silu", 32, TILE)
     expected = packed_experts_reference(
         x.double(), index, weights, gate_up.tensors, gate_up_bias, down.tensors, down_bias, "silu", 32
     )
     for deterministic in (True, False):
-        out = triton_decode.down(
-            h, ids, blocks, weights, down.tensors, down_bias, 32, TILE, deterministic=deterministic
+        out = triton_experts.down(
+            "decode", h, ids, blocks, weights, down.tensors, down_bias, 32, TILE, deterministic=deterministic
         )
         assert out.dtype == dtype
         torch.testing.assert_close(
@@ -167,9 +169,9 @@ def test_down_is_the_same_twice_and_close_to_its_atomic_form():
     h, ids, weights = torch.randn(8, 32).half(), torch.randint(0, 2, (8,)), torch.rand(4, 2).t().contiguous().t()
     blocks = route(ids, 2, TILE.block_m)
     arguments = (h, ids, blocks, weights, packed.tensors, None, 32, TILE)
-    first = triton_decode.down(*arguments, deterministic=True)
-    assert torch.equal(first, triton_decode.down(*arguments, deterministic=True))
-    assert_near(triton_decode.down(*arguments, deterministic=False), first, torch.float16)
+    first = triton_experts.down("decode", *arguments, deterministic=True)
+    assert torch.equal(first, triton_experts.down("decode", *arguments, deterministic=True))
+    assert_near(triton_experts.down("decode", *arguments, deterministic=False), first, torch.float16)
 
 
 def test_no_tokens():
@@ -178,10 +180,10 @@ def test_no_tokens():
     for blocked in (False, True):
         blocks = blocks_for(ids, 1, blocked)
         x = torch.empty(0, 24).half()
-        assert triton_decode.gate_up(x, ids, blocks, packed.tensors, None, "silu", 32, TILE).shape == (0, 24)
+        assert triton_experts.gate_up("decode", x, ids, blocks, packed.tensors, None, "silu", 32, TILE).shape == (0, 24)
         for deterministic in (False, True):
-            out = triton_decode.down(
-                x, ids, blocks, torch.empty(0, 2), packed.tensors, None, 32, TILE, deterministic=deterministic
+            out = triton_experts.down(
+                "decode", x, ids, blocks, torch.empty(0, 2), packed.tensors, None, 32, TILE, deterministic=deterministic
             )
             assert out.shape == (0, 48)
 
@@ -190,10 +192,10 @@ def test_rejects_what_it_cannot_compute():
     packed = random_packed((4,), 16, 32)
     x, ids = torch.randn(1, 32).half(), torch.tensor([0])
     with pytest.raises(TypeError, match=r"`x` must be float16 or bfloat16, but is torch.float32"):
-        triton_decode.linear(x.float(), ids, None, packed.tensors, None, 32, TILE)
+        triton_experts.linear("decode", x.float(), ids, None, packed.tensors, None, 32, TILE)
     with pytest.raises(ValueError, match="`group_size` must be 16, 32, 64 or a multiple of 128, but is 48"):
-        triton_decode.linear(x, ids, None, packed.tensors, None, 48, TILE)
+        triton_experts.linear("decode", x, ids, None, packed.tensors, None, 48, TILE)
     with pytest.raises(ValueError, match=r"`tile.block_m` is 8, but `blocks` were made for 16"):
-        triton_decode.linear(x, ids, route(ids, 1, 16), packed.tensors, None, 32, TILE)
+        triton_experts.linear("decode", x, ids, route(ids, 1, 16), packed.tensors, None, 32, TILE)
     with pytest.raises(ValueError, match=r"`activation` must be one of silu, .*, but is 'tanh'"):
-        triton_decode.gate_up(x, ids, None, packed.tensors, None, "tanh", 32, TILE)
+        triton_experts.gate_up("decode", x, ids, None, packed.tensors, None, "tanh", 32, TILE)

@@ -11,7 +11,7 @@ from packed import random_packed
 from torch import Tensor
 from triton import language as tl
 
-from moe_compiler.kernels import triton_prefill
+from moe_compiler.kernels import triton_experts
 from moe_compiler.kernels.experts import PackedExpertLinear
 from moe_compiler.kernels.reference import (
     dequantize_reference,
@@ -34,7 +34,7 @@ def relative(actual: Tensor, expected: Tensor) -> float:
 
 def linear(x: Tensor, ids: Tensor, packed: PackedExpertLinear, bias: Tensor | None = None) -> Tensor:
     blocks = route(ids, packed.num_experts, TILE.block_m)
-    return triton_prefill.linear(x, ids, blocks, packed.tensors, bias, packed.group_size, TILE)
+    return triton_experts.linear("prefill", x, ids, blocks, packed.tensors, bias, packed.group_size, TILE)
 
 
 def layer(
@@ -49,8 +49,9 @@ def layer(
 ) -> Tensor:
     rows = ids.reshape(-1)
     blocks = route(rows, first.num_experts, TILE.block_m)
-    h = triton_prefill.gate_up(x, rows, blocks, first.tensors, biases[0], activation, first.group_size, TILE)
-    return triton_prefill.down(
+    h = triton_experts.gate_up("prefill", x, rows, blocks, first.tensors, biases[0], activation, first.group_size, TILE)
+    return triton_experts.down(
+        "prefill",
         h,
         rows,
         blocks,
@@ -95,7 +96,7 @@ def check_layer(
 
 @pytest.fixture(params=[False, True], ids=["positions", "whole tile"])
 def _dot(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_prefill, "_dots_are_awaited", lambda: request.param)
+    monkeypatch.setattr(triton_experts, "_dots_are_awaited", lambda: request.param)
 
 
 @pytest.mark.usefixtures("_dot")
@@ -212,15 +213,17 @@ def test_difference_of_code_and_zero_point_is_exact(planes: int, dtype: torch.dt
 def test_refuses_an_unknown_activation() -> None:
     packed, ids = random_packed((4,), 32, 32), torch.zeros(1, dtype=torch.long)
     with pytest.raises(ValueError, match=r"`activation` must be one of silu, .* but is 'swish'"):
-        triton_prefill.gate_up(
-            torch.zeros(1, 32).half(), ids, route(ids, 1, 16), packed.tensors, None, "swish", 32, TILE
+        triton_experts.gate_up(
+            "prefill", torch.zeros(1, 32).half(), ids, route(ids, 1, 16), packed.tensors, None, "swish", 32, TILE
         )
 
 
 def test_refuses_blocks_of_another_size() -> None:
     packed, ids = random_packed((4,), 32, 32), torch.zeros(1, dtype=torch.long)
     with pytest.raises(ValueError, match=r"`tile.block_m` is 16, but `blocks` were made for 32"):
-        triton_prefill.linear(torch.zeros(1, 32).half(), ids, route(ids, 1, 32), packed.tensors, None, 32, TILE)
+        triton_experts.linear(
+            "prefill", torch.zeros(1, 32).half(), ids, route(ids, 1, 32), packed.tensors, None, 32, TILE
+        )
 
 
 @pytest.mark.parametrize(
@@ -235,6 +238,6 @@ def test_refuses_what_the_kernel_cannot_read(
 ) -> None:
     packed, ids = random_packed((4,), 32, 32), torch.zeros(1, dtype=torch.long)
     with pytest.raises(error, match=match):
-        triton_prefill.linear(
-            torch.zeros(1, 32).to(dtype), ids, route(ids, 1, 16), packed.tensors, None, group_size, TILE
+        triton_experts.linear(
+            "prefill", torch.zeros(1, 32).to(dtype), ids, route(ids, 1, 16), packed.tensors, None, group_size, TILE
         )

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+import triton
+from triton.runtime.errors import OutOfResources
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benches"))
 
@@ -21,23 +23,66 @@ BEST = Tile(32, 8, 1, 2)
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs every candidate once; `BEST` and the atomic sum are fast, wide tiles fail."""
+    """`BEST` and the atomic sum are fast, wide tiles fail."""
 
     def time_rounds(candidates: dict[Any, Any], device: torch.device, seconds: float) -> dict[Any, Any]:
         times: dict[Any, Any] = {}
-        for key, calls in candidates.items():
+        for key in candidates:
             tile = key if isinstance(key, Tile) else key.gate_up
-            if tile.block_n > 64:
+            if tile.block_n > 32:
                 times[key] = Failure("out of shared memory")
                 continue
-            calls[0]()
             slow = (tile != BEST) + (not isinstance(key, Tile) and not key.atomic) + 1.0
             times[key] = Timing((slow,), 0.0)
         return times
 
     monkeypatch.setattr(tune_tiles, "time_rounds", time_rounds)
     monkeypatch.setattr(tune_tiles, "SHAPE", SHAPES["tiny"])
-    monkeypatch.setattr(tune_tiles, "DECODE", (Tile(128, 8, 1, 2), Tile(64, 8, 2, 3), BEST))
+    monkeypatch.setattr(tune_tiles, "DECODE", (Tile(64, 8, 1, 2), BEST))
+
+
+@pytest.mark.usefixtures("clock")
+def test_a_tile_that_does_not_fit_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def too_large() -> None:
+        raise OutOfResources(240_000, 232_448, "shared memory")
+
+    calls = {Tile(64, 8, 1, 2): [too_large], BEST: [lambda: None]}
+    assert tune_tiles.fastest(calls, CPU, 0.1) == (BEST, 1.0)
+    assert "Tile(block_n=64, block_m=8, num_warps=1, num_stages=2): out of resource" in capsys.readouterr().out
+
+
+def test_families_cover_every_number_of_tokens() -> None:
+    for tokens in tune_tiles.TOKENS:
+        found = list(tune_tiles.families(tokens))
+        assert found
+        assert all(family.tiles and {tile.block_m for tile in family.tiles} == {family.block_m} for family in found)
+        assert any(family.direct for family in found) == (tokens * tune_tiles.SHAPE.top_k <= 64)
+
+
+def test_a_tile_is_compiled_without_memory_and_not_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = []
+
+    def launcher(name: str) -> Any:
+        def launch(*args: Any, **_: Any) -> None:
+            tensors = [one for one in args if isinstance(one, torch.Tensor)]
+            assert all(tensor.is_meta for tensor in tensors)
+            run("a kernel", grid=(1,), warmup=False)
+            compiled.append(name)
+
+        return launch
+
+    def run(kernel: str, grid: tuple[int, ...], warmup: bool) -> None:
+        triton.JITFunction.run(kernel, grid=grid, warmup=warmup)
+
+    warmups = []
+    monkeypatch.setattr(triton.JITFunction, "run", lambda *_, grid, warmup, **__: warmups.append(warmup))
+    monkeypatch.setattr(tune_tiles.triton_experts, "gate_up", launcher("gate_up"))
+    monkeypatch.setattr(tune_tiles.triton_experts, "down", launcher("down"))
+    tune_tiles.compile_tile(1, tune_tiles.Family("decode", True, 8, (BEST,)), BEST)
+    assert compiled == ["gate_up", "down"]
+    assert warmups == [True, True]
 
 
 @pytest.mark.usefixtures("clock")
