@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from moe_compiler.graph_record import GraphRecord
 from moe_compiler.passes.significance import PowerLaw, fit_power_law, token_utilization
+from moe_compiler.replace_file import replace_file
 
 FORMAT_VERSION = 1
 QUANTILES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.99, 1.0)
@@ -158,7 +158,7 @@ class Analysis:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the analysis to one safetensors file, with what is no tensor as JSON in its header.
 
-        It is written under a temporary name beside `path` and renamed, so that `path` is never half written.
+        `path` is never half written.
 
         Raises:
             FileNotFoundError: the folder of `path` does not exist.
@@ -168,12 +168,7 @@ class Analysis:
         if not target.parent.is_dir():
             raise FileNotFoundError(f"`path` must lie in a folder that exists, but {target.parent} does not")
         data = safetensors.torch.save(_tensors(self), {_HEADER: json.dumps(_header(self))})
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-        try:
-            temporary.write_bytes(data)
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
+        replace_file(target, data)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Analysis:

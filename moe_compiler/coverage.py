@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +45,56 @@ class CoverageEntry:
 
 
 @dataclass(frozen=True)
+class CoverageGroup:
+    """Linears that are counted together.
+
+    Attributes:
+        pattern: the path of the first one with `*` for the layer.
+        kind: as in `CoverageEntry`, of the first one.
+        outcome: `"lowered"`, or why the first one was left alone.
+        linears: how many there are.
+        weights: weights in all of them.
+        size_bytes: bytes of all of them.
+        code_bits: mean over the weights.
+    """
+
+    pattern: str
+    kind: str
+    outcome: str
+    linears: int
+    weights: int
+    size_bytes: int
+    code_bits: float
+
+    @property
+    def effective_bits(self) -> float:
+        """Bits per weight, everything counted."""
+        return 8 * self.size_bytes / self.weights
+
+
+def put_together(entries: Sequence[CoverageEntry]) -> CoverageGroup:
+    """Sums up at least one entry."""
+    weights = sum(entry.weights for entry in entries)
+    return CoverageGroup(
+        pattern=_pattern(entries[0].path),
+        kind=entries[0].kind,
+        outcome=_outcome(entries[0]),
+        linears=len(entries),
+        weights=weights,
+        size_bytes=sum(entry.size_bytes for entry in entries),
+        code_bits=sum(entry.code_bits * entry.weights for entry in entries) / weights,
+    )
+
+
+def _pattern(path: str) -> str:
+    return re.sub(r"\.\d+\.", ".*.", path)
+
+
+def _outcome(entry: CoverageEntry) -> str:
+    return "lowered" if entry.lowered else f"left alone: {entry.reason}"
+
+
+@dataclass(frozen=True)
 class CompileReport:
     """What `dynamo_compile` decided and did; hangs on the model as `model.moe_report`.
 
@@ -71,16 +122,30 @@ class CompileReport:
     perplexities: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     @property
+    def experts(self) -> CoverageGroup:
+        """All linears of the routed experts together."""
+        return put_together([entry for entry in self.coverage if entry.kind == "experts"])
+
+    @property
     def code_bits(self) -> float:
         """Mean width of the codes of the routed experts' weights."""
-        routed = [entry for entry in self.coverage if entry.kind == "experts"]
-        return sum(e.code_bits * e.weights for e in routed) / sum(e.weights for e in routed)
+        return self.experts.code_bits
 
     @property
     def effective_bits(self) -> float:
         """Bits per weight of the routed experts: all their buffers over all their weights."""
-        routed = [entry for entry in self.coverage if entry.kind == "experts"]
-        return 8 * sum(e.size_bytes for e in routed) / sum(e.weights for e in routed)
+        return self.experts.effective_bits
+
+    def of_block(self, path: str) -> list[CoverageEntry]:
+        """The entries of one MoE block."""
+        return [entry for entry in self.coverage if entry.path == path or entry.path.startswith(path + ".")]
+
+    def groups(self) -> list[CoverageGroup]:
+        """The coverage with the layers put together."""
+        alike: dict[tuple[str, str, str], list[CoverageEntry]] = {}
+        for entry in self.coverage:
+            alike.setdefault((_pattern(entry.path), entry.kind, _outcome(entry)), []).append(entry)
+        return [put_together(entries) for entries in alike.values()]
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON types, without the analysis, which has a file of its own."""

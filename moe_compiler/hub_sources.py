@@ -168,6 +168,6 @@ def _not_found(hub: HubSource, source: str, data: str | Path | None, error: Exce
     return (
         f"`source` {source!r} is the hub data set {hub}, which was not found: {str(error).rstrip('.')}. "
         f"Tried {'; '.join(tried)}. "
-        "Without the hub, give the path of a local copy as `source`, or as `data` a folder that has one as "
-        f"{' or '.join(dict.fromkeys((hub.path, hub.path.split('/')[-1])))}"
+        "Without the hub, give the path of a local copy as `source`, or as `data` (on the command line as `--copies`) "
+        f"a folder that has one as {' or '.join(dict.fromkeys((hub.path, hub.path.split('/')[-1])))}"
     )

@@ -105,12 +105,15 @@ class DynamoQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not
         """They can be compiled by `torch.compile`."""
         return True
 
-    def get_state_dict_and_metadata(self, model: Any, *_: Any, **__: Any) -> tuple[None, dict[str, str]]:
-        """What the header of the weights' files says beside the tensors: which model they are of."""
+    def get_state_dict_and_metadata(self, model: Any, *_: Any, **__: Any) -> tuple[dict[str, Any], dict[str, str]]:
+        """The tensors to save, with those that refuse a plain loader, and in the files' headers whose they are."""
         from moe_compiler.loading import FINGERPRINT
+        from moe_compiler.refusal import refusing_tensors
 
         compiled = self.quantization_config.compiled
-        return None, {} if compiled is None else {FINGERPRINT: compiled.fingerprint}
+        metadata = {} if compiled is None else {FINGERPRINT: compiled.fingerprint}
+        refusing = refusing_tensors(layer.experts for layer in model.runtime.layers.values())
+        return model.state_dict() | refusing, metadata
 
 
 def _tokenizer(config: DynamoConfig, model: Any) -> Any:

@@ -13,7 +13,7 @@ from rich.syntax import Syntax
 from rich.text import Text
 from torch.fx import GraphModule
 
-from moe_compiler.coverage import CompileReport, CoverageEntry
+from moe_compiler.coverage import CompileReport
 from moe_compiler.runtime.adaptation import RuntimeLayer
 
 
@@ -24,7 +24,7 @@ def explain(
     graphs: bool = True,
     console: Console | None = None,
 ) -> None:
-    """Prints each MoE block's graph before and after, its experts' widths, its channel pool and its effective bits,
+    """Prints each MoE block's graph before and after, its experts' widths, its pool and its effective bits,
     and what was covered of all its MoE blocks.
 
     Args:
@@ -35,7 +35,7 @@ def explain(
 
     Raises:
         TypeError: `model` was not compiled by `dynamo_compile`.
-        KeyError: a path in `layers` is none of the model's MoE blocks.
+        ValueError: a path in `layers` is none of the model's MoE blocks.
     """
     report = getattr(model, "moe_report", None)
     if not isinstance(report, CompileReport):
@@ -43,7 +43,7 @@ def explain(
     known = model.runtime.layers
     for path in layers or ():
         if path not in known:
-            raise KeyError(f"`layers` names {path!r}, but the model's MoE blocks are {', '.join(known)}")
+            raise ValueError(f"`layers` must be among the MoE blocks {', '.join(known)}, but has {path!r}")
     console = console or Console()
     drawn: dict[str, str] = {}
     for path, layer in known.items():
@@ -51,7 +51,7 @@ def explain(
             console.rule(f"[bold]{path}")
             console.print(_widths(layer, report), highlight=False, soft_wrap=True)
             if graphs:
-                console.print(_graphs(model.moe_graphs[path], path, drawn, console.width - 1))
+                console.print(_graphs(model.moe_graphs[path], path, drawn, console))
     console.rule("[bold]coverage")
     console.print(_coverage(report), highlight=False, soft_wrap=True)
 
@@ -66,7 +66,7 @@ def _widths(layer: RuntimeLayer, report: CompileReport) -> str:
             f"{name}: {packed.num_experts} experts of {packed.out_features} x {packed.in_features}, {widths}",
             f"    bits by expert: {''.join(map(str, packed.bits))}",
             f"    {packed.code_bits:.2f} code bits, {packed.effective_bits:.2f} effective bits",
-            f"    channel pool: {packed.pool.used} of {packed.pool.capacity} slots",
+            f"    pool: {packed.pool.used} of {packed.pool.capacity} slots",
             f"    experts that saw too few tokens for a Hessian of their own: {rare}",
         ]
     for name, packed in layer.experts.shared_packed().items():
@@ -77,7 +77,7 @@ def _widths(layer: RuntimeLayer, report: CompileReport) -> str:
     return "\n".join(lines)
 
 
-def _graphs(graph: Any, path: str, drawn: dict[str, str], width: int) -> RenderableType:
+def _graphs(graph: Any, path: str, drawn: dict[str, str], console: Console) -> RenderableType:
     stages = {**graph.meta["stages"], "lowered": readable(graph)}
     parts: list[RenderableType] = []
     for stage, code in stages.items():
@@ -85,7 +85,9 @@ def _graphs(graph: Any, path: str, drawn: dict[str, str], width: int) -> Rendera
             parts.append(Text(f"{stage}: as in {drawn[code]}", style="dim"))
             continue
         drawn[code] = path
-        parts += [Text(f"{stage}:", style="bold"), Syntax(wrapped(code, width), "python")]
+        code = wrapped(code, console.width - 1)
+        # without colours `Syntax` would only fill the lines with blanks
+        parts += [Text(f"{stage}:", style="bold"), Syntax(code, "python") if console.is_terminal else Text(code)]
     return Group(*parts)
 
 
@@ -107,23 +109,15 @@ def readable(graph: GraphModule) -> str:
 
 
 def _coverage(report: CompileReport) -> str:
-    alike: dict[tuple[str, str], list[CoverageEntry]] = {}
-    for entry in report.coverage:
-        alike.setdefault((re.sub(r"\.\d+\.", ".*.", entry.path), _outcome(entry)), []).append(entry)
     lines = []
-    for (pattern, outcome), entries in alike.items():
-        weights, size = sum(e.weights for e in entries), sum(e.size_bytes for e in entries)
-        code_bits = sum(e.code_bits * e.weights for e in entries) / weights
+    for group in report.groups():
+        outcome = f"{group.kind}, lowered" if group.outcome == "lowered" else group.outcome
         lines += [
-            f"{len(entries)} x {pattern}: {outcome}",
-            f"    {weights:,} weights, {size / 1e6:.3f} MB, {code_bits:.2f} code bits, "
-            f"{8 * size / weights:.2f} effective bits",
+            f"{group.linears} x {group.pattern}: {outcome}",
+            f"    {group.weights:,} weights, {group.size_bytes / 1e6:.3f} MB, {group.code_bits:.2f} code bits, "
+            f"{group.effective_bits:.2f} effective bits",
         ]
     lines.append(
         f"routed experts: {report.code_bits:.3f} code bits, {report.effective_bits:.3f} effective bits per weight"
     )
     return "\n".join(lines)
-
-
-def _outcome(entry: CoverageEntry) -> str:
-    return f"{entry.kind}, lowered" if entry.lowered else f"left alone: {entry.reason}"

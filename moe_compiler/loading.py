@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -22,6 +23,7 @@ from moe_compiler.kernels.buffers import FixedDtypeBuffers
 from moe_compiler.passes.base import Progress
 from moe_compiler.passes.capture import MoEBlock
 from moe_compiler.passes.lower import LoweredExperts
+from moe_compiler.refusal import refusing_tensors
 from moe_compiler.runtime.adaptation import RuntimeLayer
 from moe_compiler.runtime.profile import read_profile
 from moe_compiler.runtime.saved import read_layers
@@ -70,7 +72,11 @@ class Loading:
 
 
 class FolderTokenizer:
-    """The tokenizer in the folder of a saved model, read when text is to be tokenized."""
+    """The tokenizer in a model's folder or repository, read when text is to be tokenized.
+
+    Args:
+        name: the folder, or the repository's name on the hub.
+    """
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -117,6 +123,8 @@ def begin(model: Any, config: DynamoConfig, checkpoint_files: Sequence[str] | No
     weights = [Path(file) for file in checkpoint_files]
     blocks = build_skeleton(model, saved, config.group_size)
     _check_weights(weights, blocks, saved)
+    known = map(re.escape, refusing_tensors(map(_experts, blocks.values())))
+    model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *known}
     return Loading(config, blocks, weights, str(model.config._name_or_path))
 
 

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from moe_compiler.coverage import CompileReport, CoverageEntry
+from moe_compiler.coverage import CompileReport, put_together
 from moe_compiler.dynamo_config import DynamoConfig
+from moe_compiler.embedded import MODEL_FOLDER
 
 CARD = "README.md"
 _MARK = "<!-- written by moe-compiler: remove this line to keep your own text when the model is saved again -->"
@@ -30,6 +31,8 @@ def write_card(path: Path, model: Any) -> None:
     base = "" if config.compiled is None else config.compiled.base_model
     is_folder = Path(base).is_absolute()
     name = Path(base).name if is_folder else base  # who reads the card has other folders
+    if Path(base) == MODEL_FOLDER:
+        name = "embedded"
     sections = [_front_matter("" if is_folder else base), _MARK, _summary(type(model).__name__, name, report)]
     sections += [_bits(report), _datasets(report, config), _perplexities(report), _loading(name), _choices(report)]
     path.write_text("\n\n".join(section for section in sections if section) + "\n", encoding="utf-8")
@@ -44,7 +47,7 @@ def _front_matter(base: str) -> str:
 
 def _summary(kind: str, base: str, report: CompileReport) -> str:
     name = Path(base).name if base else kind
-    origin = f"`{base}`" if base else f"An {kind} of unknown origin"
+    origin = f"`{base}`" if base else f"A `{kind}` of unknown origin"
     widths = ", ".join(f"{share:.0%} at {width} bits" for width, share in report.plan.histogram().items())
     return (
         f"# {name}, experts at {report.effective_bits:.2f} bits\n\n"
@@ -59,18 +62,14 @@ def _bits(report: CompileReport) -> str:
     for kind, name in (("experts", "routed experts"), ("shared experts", "shared experts"), ("other", "other linears")):
         entries = [entry for entry in report.coverage if entry.kind == kind]
         if entries:
-            rows.append([name, *_sizes(entries)])
+            group = put_together(entries)
+            numbers = [f"{number:.2f}" for number in (group.size_bytes / 1e6, group.code_bits, group.effective_bits)]
+            rows.append([name, f"{group.weights:,}", *numbers])
     table = _table(["linears of the MoE blocks", "weights", "MB", "code bits", "effective bits"], rows)
     return (
         f"## Bits\n\n{table}\n\nEffective bits count every buffer: codes, scales, zero points, tables and the pool. "
         "Everything outside of the MoE blocks is as it was."
     )
-
-
-def _sizes(entries: Sequence[CoverageEntry]) -> list[str]:
-    weights, size = sum(e.weights for e in entries), sum(e.size_bytes for e in entries)
-    code_bits = sum(e.code_bits * e.weights for e in entries) / weights
-    return [f"{weights:,}", f"{size / 1e6:.2f}", f"{code_bits:.2f}", f"{8 * size / weights:.2f}"]
 
 
 def _datasets(report: CompileReport, config: DynamoConfig) -> str:

@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 from collections.abc import Collection
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,7 @@ class SavePretrained:
         (folder / PROFILES).mkdir()
         profiles: dict[str, str] = {}
         for name in runtime.profiles:
-            file = f"{PROFILES}/{_file_name(name, profiles.values())}"
+            file = profile_file(name, profiles.values())
             runtime.save(name, folder / file)
             profiles[name] = file
         report: CompileReport = model.moe_report
@@ -129,14 +130,16 @@ def _stages(model: Any) -> dict[str, Any]:
     return {"graphs": list(texts), "stages": blocks}
 
 
-def _file_name(name: str, taken: Collection[str]) -> str:
-    """A name for a profile's file that every system can have."""
+def profile_file(name: str, taken: Collection[str]) -> str:
+    """A path in a saved model's folder for the file of a profile, with a name that every system can have.
+
+    Args:
+        name: of the profile.
+        taken: the paths of other profiles' files.
+    """
     stem = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:60] or "profile"
-    number, found = 1, f"{stem}.safetensors"
-    while f"{PROFILES}/{found}" in taken:
-        number += 1
-        found = f"{stem}-{number}.safetensors"
-    return found
+    names = (f"{PROFILES}/{stem}{end}.safetensors" for end in chain([""], (f"-{n}" for n in count(2))))
+    return next(one for one in names if one not in taken)
 
 
 def _move(staging: Path, target: Path) -> None:

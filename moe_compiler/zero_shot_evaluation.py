@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from moe_compiler.passes.base import Advance, NoProgress, Progress
 from moe_compiler.progress import RichProgress
 from moe_compiler.runtime.runtime import Runtime
-from moe_compiler.tasks.harness import lm_eval, load_tasks, read_documents
+from moe_compiler.tasks.harness import check_tasks, lm_eval, load_tasks, read_documents
 from moe_compiler.zero_shot_result import Metric, TaskScore, ZeroShotResult
 
 TASKS = ("arc_challenge", "arc_easy", "rte", "piqa", "copa", "cb")
@@ -77,6 +77,7 @@ def zero_shot(
         raise ValueError(f"`tasks` must name tasks, each once, but is {list(tasks)}")
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise TypeError(f"`tokenizer` must be a tokenizer of transformers, but is a {type(tokenizer).__name__}")
+    check_tasks(tasks)
     library = lm_eval()
     shown: Progress = (RichProgress() if progress else NoProgress()) if isinstance(progress, bool) else progress
     with _errors_only("lm_eval"), _random_state_kept():

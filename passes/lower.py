@@ -24,8 +24,8 @@ class LoweredExperts(FixedDtypeBuffers, MoEGraph):
     """The experts of one layer as a graph of packed operators; its buffers are the packed weights and the pools.
 
     `spec` is the description of the experts it replaces. `meta` keeps the `group_size`, as `"absorbed"` the shared
-    experts that run as routed ones, and as `"unfused"` the graph with one operator per linear, which an observer can
-    look into.
+    experts that run as routed ones, as `"unfused"` the graph with one operator per linear, which an observer can look
+    into, and as `"replaced"` the names of the original weights.
     """
 
     def unfused(self) -> MoEGraph:
@@ -132,6 +132,7 @@ def lower_experts(block: MoEBlock, packed: Mapping[str, PackedExpertLinear]) -> 
     lowered = LoweredExperts(traced, traced.graph, type(traced).__name__)
     lowered.spec = block.spec
     lowered.meta["group_size"] = next(iter(packed.values())).group_size
+    lowered.meta["replaced"] = tuple(name for name, weight in block.experts.named_parameters() if weight.dim() > 1)
     run_passes(lowered, [LowerExperts(packed)])
     lowered.meta["unfused"] = copy.deepcopy(lowered.graph)
     return lowered

@@ -15,11 +15,12 @@ from moe_compiler import __version__
 from moe_compiler.cli import main
 from moe_compiler.cli.config_options import add_config_options, field_helps, read_config
 from moe_compiler.cli.models import device_of, load
-from moe_compiler.cli.names import has_held_out_split, model_path, named_source, texts_of
+from moe_compiler.cli.names import has_held_out_split, model_path, texts_of
+from moe_compiler.cli.options import ADD_OPTIONS, named_source, positive, rule
 from moe_compiler.cli.parser import COMMANDS, UsageError, build_parser
-from moe_compiler.cli.texts import positive
 from moe_compiler.config import CompileConfig
 from moe_compiler.embedded import MODEL_FOLDER, load_samples
+from moe_compiler.runtime.rules import RULES
 
 
 def exit_code(*arguments: str) -> Any:
@@ -50,10 +51,12 @@ def test_every_command_has_help_with_an_example_that_parses(name: str, capsys: A
     assert build_parser(arguments).parse_args(arguments).command == name
 
 
-def test_the_program_starts_without_torch() -> None:
+def test_help_comes_without_torch() -> None:
+    quick = [name for name in COMMANDS if name != "compile"]  # whose options are the fields of a class
     code = (
-        "import sys\nfrom moe_compiler.cli.parser import build_parser\nbuild_parser(['--help'])\n"
-        "print([name for name in ('torch', 'transformers', 'datasets') if name in sys.modules])"
+        "import sys\nfrom moe_compiler.cli.parser import build_parser\n"
+        f"for name in {quick}:\n    build_parser([name, '--help']).format_help()\n"
+        "print([name for name in ('torch', 'transformers', 'datasets', 'numpy') if name in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
@@ -83,6 +86,8 @@ def test_wrong_usage_is_exit_code_2(arguments: list[str], text: str, capsys: Any
         (["eval", "embedded", "--data", "x=y", "--dtype", "int8"], "`--dtype` must be auto or a floating-point type"),
         (["eval", "embedded", "--data", "x=y", "--device", "toaster"], "`--device` must be a device as cpu or cuda:0"),
         (["generate", "embedded", "--prompt", "x", "--temperature", "-1"], "`--temperature` must not be negative"),
+        (["report", "embedded"], "`--output` must be given, since the model 'embedded' is no folder"),
+        (["bench", "compiled", "--new-tokens", "1"], "`--new-tokens` must be at least 2, but is 1"),
     ],
 )
 def test_options_that_contradict_are_exit_code_2_in_one_line(arguments: list[str], text: str, capsys: Any) -> None:
@@ -100,10 +105,21 @@ def test_options_that_contradict_are_exit_code_2_in_one_line(arguments: list[str
         (["generate", "embedded", "--prompt", ""], "`--prompt` must have at least one token"),
         (["generate", "embedded", "--prompt", "x", "--profile", "y"], "`--profile` must be left out"),
         (["report", "embedded", "-o", "/nowhere/x.html"], "`--output` must lie in a folder that exists"),
-        (["adapt", "embedded", "--data", "x", "--name", "y"], "`DIR` must be a local folder to keep a profile in"),
+        (
+            ["adapt", "embedded", "--data", "x", "--name", "y"],
+            "`DIR` must be the folder of a saved model to keep a prof",
+        ),
+        (
+            ["generate", "embedded", "--prompt", "x", "--chat"],
+            "`--chat` needs a tokenizer with a chat template, but that",
+        ),
+        (["eval", "nobody/nothing", "--tasks", "piqa,rte2"], "there is no 'rte2'; near: rte"),
+        (
+            ["eval", "nobody/nothing", "--tasks", "rte", "--task-data", "no"],
+            "`data` must be an existing folder, but there",
+        ),
         (["eval", "embedded", "--data", "x=embedded:poetry"], "`domain` must be one of code, docs"),
         (["eval", "embedded", "--data", "x=./no.txt"], "no.txt"),
-        (["bench", "compiled", "--new-tokens", "1"], "`--new-tokens` must be at least 2, but is 1"),
     ],
 )
 def test_errors_are_exit_code_1_in_one_line(arguments: list[str], text: str, capsys: Any) -> None:
@@ -231,6 +247,15 @@ def test_names_of_models_and_texts(tmp_path: Any) -> None:
 def test_a_source_needs_a_name(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="must be NAME=SOURCE"):
         named_source(text)
+
+
+def test_rules_are_those_of_adapt() -> None:
+    assert [rule(name) for name in RULES] == list(RULES)
+    with pytest.raises(argparse.ArgumentTypeError, match=r"must be one of restore, .*, but is 'luck'"):
+        rule("luck")
+    parser = argparse.ArgumentParser()
+    ADD_OPTIONS["adapt"](parser)
+    assert all(name in parser.format_help() for name in RULES)
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "x", ""])

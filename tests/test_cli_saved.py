@@ -4,10 +4,6 @@ import argparse
 import contextlib
 import io
 import json
-import socket
-import threading
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from moe_compiler.cli import bench, main, serve
+from moe_compiler.cli import bench, main
 from moe_compiler.cli.compile import read_datasets
 from moe_compiler.config import CompileConfig
 from moe_compiler.data import load_samples
@@ -96,9 +92,10 @@ def test_eval_runs_tasks(folder: Path, monkeypatch: Any) -> None:
         return result
 
     monkeypatch.setattr("moe_compiler.zero_shot_evaluation.zero_shot", zero_shot)
+    monkeypatch.setattr("moe_compiler.tasks.harness.read_documents", lambda tasks, data: called.update(read=data))
     options = ["--tasks", "piqa, rte", "--task-data", "here", "--limit", 4, "--shots", 2]
     assert str(result).splitlines()[0].strip() in run("eval", folder, *options)
-    wanted = {"tasks": ("piqa", "rte"), "data": "here", "limit": 4, "num_fewshot": 2, "batch_size": 8}
+    wanted = {"tasks": ("piqa", "rte"), "data": "here", "limit": 4, "num_fewshot": 2, "batch_size": 8, "read": "here"}
     assert called == wanted
     assert read("eval", folder, *options)["models"][0]["tasks"] == json.loads(json.dumps(result.to_dict()))
 
@@ -237,63 +234,3 @@ def test_compile_refuses_a_bad_output_before_it_begins(folder: Path, tmp_path: P
     twice = ["--data", "docs=embedded:docs", "--data", "docs=embedded:code"]
     assert main(["compile", "embedded", *twice, "-o", str(tmp_path / "new")]) == 2
     assert "`--data` must give every dataset a name of its own" in capsys.readouterr().err
-
-
-@pytest.fixture
-def server(folder: Path, monkeypatch: Any) -> Iterator[tuple[str, Any]]:
-    """The address of a running server, and the object that runs it."""
-    started: list[Any] = []
-
-    class Watched(serve.PreparedServer):
-        def start_server(self) -> None:
-            started.append(self)
-            super().start_server()
-
-    monkeypatch.setattr(serve, "PreparedServer", Watched)
-    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    arguments = ["serve", folder, "--port", port, "--device", "cpu", "--profile", "Our records", "--on-drift", "switch"]
-    thread = threading.Thread(target=run, args=arguments)
-    thread.start()
-    while thread.is_alive() and not (started and started[0].server.started):
-        time.sleep(0.05)
-    assert started
-    yield f"http://localhost:{port}/v1", started[0]
-    started[0].server.should_exit = True
-    thread.join(60)
-    assert not thread.is_alive()
-
-
-def test_serve_answers_openais_client(folder: Path, server: tuple[str, Any]) -> None:
-    from openai import OpenAI
-
-    address, running = server
-    prompt, model = "def read(", str(folder)
-    wanted = read("generate", folder, "--prompt", prompt, "--max-new-tokens", 6, "--profile", "Our records")["text"]
-    (loaded,) = running._model_manager.loaded_models.values()
-    assert loaded.model.runtime.active == "Our records"
-    with OpenAI(base_url=address, api_key="none") as client:
-        assert [one.id for one in client.models.list()] == [model]
-        plain = client.completions.create(model=model, prompt=prompt, max_tokens=6)
-        assert plain.choices[0].text == wanted
-        assert plain.usage is not None
-        assert plain.usage.completion_tokens == 6
-        messages: Any = [{"role": "user", "content": prompt}]
-        chat = client.chat.completions.create(model=model, messages=messages, max_tokens=6)
-        assert chat.choices[0].message.content == wanted
-        stream = client.chat.completions.create(model=model, messages=messages, max_tokens=6, stream=True)
-        parts = [chunk.choices[0].delta.content or "" for chunk in stream]
-    assert "".join(parts) == wanted
-
-
-def test_serve_refuses_a_drift_guard_without_profiles(capsys: Any) -> None:
-    assert main(["serve", "embedded", "--on-drift", "switch", "--device", "cpu"]) == 1
-    assert "`--on-drift` must be left out where the model was not compiled" in capsys.readouterr().err
-
-
-def test_serve_says_what_to_install(monkeypatch: Any, capsys: Any) -> None:
-    monkeypatch.setattr(serve, "is_serve_available", lambda: False)
-    assert main(["serve", "embedded"]) == 1
-    assert "pip install 'moe-compiler[serve]'" in capsys.readouterr().err

@@ -1,10 +1,15 @@
-"""The documents: links lead somewhere, Python blocks compile, those of layouts.md run, the reference is up to date."""
+"""The documents: links lead somewhere, Python blocks compile, two pages run, commands parse, the reference is new."""
 
 import re
 import runpy
+import shlex
 from pathlib import Path
+from types import CodeType
 
 import pytest
+
+from moe_compiler.cli.parser import COMMANDS, build_parser
+from moe_compiler.kernels.cpu_compile import set_compile_threshold
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -13,6 +18,16 @@ PAGES = [ROOT / "README.md", *DOCS]
 
 def python_blocks(page: Path) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
+def program(page: Path) -> CodeType:
+    """The Python blocks of a page as one program, whose lines have the numbers that they have in the page."""
+    inside, lines = False, []
+    for line in page.read_text(encoding="utf-8").splitlines():
+        fence = line.startswith("```")
+        lines.append(line if inside and not fence else "")
+        inside = line == "```python" if fence else inside
+    return compile("\n".join(lines), str(page), "exec")
 
 
 def anchors(page: Path) -> set[str]:
@@ -49,8 +64,30 @@ def test_files_that_are_named_exist(page: Path) -> None:
 
 
 def test_the_layouts_are_as_described() -> None:
-    page = ROOT / "docs" / "layouts.md"
-    exec(compile("\n".join(python_blocks(page)), str(page), "exec"), {})
+    exec(program(ROOT / "docs" / "layouts.md"), {})
+
+
+def test_the_page_on_transformers_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    set_compile_threshold(1 << 60)  # kernels as plain PyTorch calls
+    try:
+        exec(program(ROOT / "docs" / "transformers.md"), {})
+    finally:
+        set_compile_threshold(None)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_can_be_typed(page: Path) -> None:
+    blocks = re.findall(r"^```sh\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    for line in "".join(blocks).replace("\\\n", " ").splitlines():
+        if line.startswith("moe-compiler "):
+            arguments = shlex.split(line, comments=True)[1:]
+            assert build_parser(arguments).parse_args(arguments).command == arguments[0]
+
+
+def test_every_command_is_described() -> None:
+    text = (ROOT / "docs" / "command-line.md").read_text(encoding="utf-8")
+    assert not [name for name in COMMANDS if f"\nmoe-compiler {name}" not in text]
 
 
 def test_every_option_is_described() -> None:

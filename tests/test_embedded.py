@@ -71,7 +71,7 @@ def test_model_loads_in_the_type_of_its_file():
 
 
 def test_load_model_wants_a_floating_point_type():
-    with pytest.raises(ValueError, match=r"`dtype` must be a floating-point type; got torch\.int8"):
+    with pytest.raises(ValueError, match=r"`dtype` must be a floating-point type, but is torch\.int8"):
         load_model(torch.int8)
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from saved_cases import OPTIONS, compiled, edit, load, same, small, tensors
 from tiny import datasets, qwen2_moe, tokens
 from transformers import AutoModel
+from transformers.quantizers import auto
 
 from moe_compiler.api import dynamo_compile
 from moe_compiler.coverage import CompileReport
@@ -183,13 +184,20 @@ NAMES = ["deepseek_v1", "qwen2_moe", *(n for n in ("deepseek_v3", "mixtral", "gp
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_form_of_experts(name: str, tmp_path: Path) -> None:
+def test_every_form_of_experts_is_loaded_with_the_plug_in_alone(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = deepseek_v1.build() if name == "deepseek_v1" else build(name)
     ids = example_inputs(model, 3, 24)["input_ids"] % 90
     dynamo_compile(model, {"some": ids}, **OPTIONS)
     model.save_pretrained(tmp_path, max_shard_size="50KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
-    fresh = type(model).from_pretrained(tmp_path)
+    with monkeypatch.context() as patch:  # transformers as it is without our import
+        patch.delitem(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, "moe_compiler")
+        with pytest.raises(RuntimeError, match=r"ignore_mismatched_sizes"):
+            type(model).from_pretrained(tmp_path)
+    fresh, found = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(found.values())
     assert same(tensors(fresh), tensors(model))
     with torch.no_grad():
         assert torch.equal(fresh(input_ids=ids).logits, model(input_ids=ids).logits)

@@ -84,5 +84,7 @@ def test_bad_arguments_are_refused(model: Any) -> None:
         TypeError, match=r"`model` must have been compiled by dynamo_compile, but this OlmoeForCausalLM was not"
     ):
         explain(olmoe())
-    with pytest.raises(KeyError, match=r"`layers` names 'layers.0', but the model's MoE blocks are model.layers.0.mlp"):
+    with pytest.raises(
+        ValueError, match=r"`layers` must be among the MoE blocks model.layers.0.mlp.*, but has 'layers.0'"
+    ):
         explain(model, layers=["layers.0"])

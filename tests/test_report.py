@@ -30,7 +30,6 @@ from moe_compiler.report import adaptation, allocation, figure, graphs, joint, s
 from moe_compiler.report.figure import evenly, layer_labels
 from moe_compiler.report.layout import layered_layout
 from moe_compiler.report.page import table_part
-from moe_compiler.report.size import coverage_groups
 from moe_compiler.runtime.report import jensen_shannon
 
 EVERY_FIGURE = {
@@ -195,10 +194,10 @@ def test_what_is_not_known_is_left_out(tmp_path: Path) -> None:
 
 def test_many_datasets_and_profiles_are_cut_and_said_so() -> None:
     found = analysis_cases.analysis(2, 4, tuple(f"data{i}" for i in range(9)))
-    assert "1 are left out" in significance.significance_by_dataset(found).caption
-    assert "5 are left out" in joint.joint_distribution(found).caption
+    assert "Drawn are 7 of 9 datasets." in significance.significance_by_dataset(found).caption
+    assert "Drawn are 4 of 9 datasets." in joint.joint_distribution(found).caption
     known = {name: analysis_cases.profile(name, found, i) for i, name in enumerate("abcdefg")}
-    assert "1 more profiles are left out" in adaptation.slots_moved(known, "a").caption
+    assert "Drawn are 5 of 6 other profiles." in adaptation.slots_moved(known, "a").caption
 
 
 def test_linears_of_different_widths_have_a_map_each() -> None:
@@ -211,7 +210,7 @@ def test_linears_of_different_widths_have_a_map_each() -> None:
     assert allocation._panels(list(layers.values())) == [("gate_up_proj", 0), ("down_proj", 1)]
     changed = replace(found, layers=layers)
     assert "in 3 colours" in allocation.width_map(changed).alt
-    assert "small: second" in allocation.clusters(changed).caption
+    assert "triangles up and down" in allocation.clusters(changed).caption
 
 
 def test_pairs_of_experts_are_the_strongest() -> None:
@@ -239,7 +238,7 @@ def test_slots_and_divergence_are_those_of_the_profiles() -> None:
 
 def test_coverage_puts_layers_together() -> None:
     report = analysis_cases.model(layers=3).moe_report
-    groups = coverage_groups(report)
+    groups = report.groups()
     assert [group.linears for group in groups] == [3, 3, 3]
     assert sum(group.weights for group in groups) == sum(entry.weights for entry in report.coverage)
     assert sum(group.size_bytes for group in groups) == sum(entry.size_bytes for entry in report.coverage)
@@ -333,6 +332,13 @@ def test_a_missing_matplotlib_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path
         write_report(analysis_cases.model(), tmp_path / "r.html")
 
 
+def test_figures_must_be_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"`figures` must be a folder, but .*file is a file"):
+        write_report(analysis_cases.model(), tmp_path / "r.html", figures=tmp_path / "file")
+    assert not (tmp_path / "r.html").exists()
+
+
 def test_drawing_leaves_no_trace_in_matplotlib() -> None:
     import matplotlib
 
@@ -342,9 +348,12 @@ def test_drawing_leaves_no_trace_in_matplotlib() -> None:
     assert ("matplotlib.pyplot" in sys.modules) == had_pyplot
 
 
-def test_errors_left_are_summed_over_linears() -> None:
+def test_errors_left_are_those_of_the_reports() -> None:
     found = analysis_cases.analysis(1, 4)
     report = analysis_cases.adapt_report("law", found)
     changes = [change for layer in report.layers for change in layer.linears]
     expected = sum(change.error_after for change in changes) / sum(change.error_before for change in changes)
     assert tables._error_left(report) == pytest.approx(expected)
+    left = adaptation.errors_left([report])
+    assert left.shape == (1, 1, 2)
+    assert left.ravel().tolist() == [100 * change.error_after / change.error_before for change in changes]

@@ -11,7 +11,7 @@ import pytest
 from task_files import ARC, FILES, HUB, PIQA, RTE, write_all, write_jsonl, write_labels_beside, write_parquet
 
 from moe_compiler.tasks import FORMATS, find_folder, load_local
-from moe_compiler.tasks.harness import lm_eval, load_tasks, read_documents
+from moe_compiler.tasks.harness import check_tasks, lm_eval, load_tasks, read_documents
 
 CLASSES = {"piqa": ["0", "1"], "rte": ["entailment", "not_entailment"], "copa": ["choice1", "choice2"]}
 CLASSES["cb"] = ["entailment", "contradiction", "neutral"]
@@ -153,6 +153,14 @@ def few_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     module = lm_eval(".tasks")
     folder = Path(module.__file__).parent / "arc"
     monkeypatch.setattr(module, "TaskManager", partial(module.TaskManager, include_path=folder, include_defaults=False))
+
+
+def test_names_are_checked_before_anything_takes_long() -> None:
+    check_tasks(["arc_easy", "ai2_arc", "mmlu", "super-glue-lm-eval-v1"])  # tasks, a tag, a group
+    with pytest.raises(ValueError, match="must be tasks of lm-eval, but there is no 'piqqa'; near: piqa"):
+        check_tasks(["piqa", "piqqa"])
+    with pytest.raises(ValueError, match=r"there is no 'Zzzzzzzzzzzzzzzzz'$"):
+        check_tasks(["Zzzzzzzzzzzzzzzzz"])
 
 
 @pytest.mark.usefixtures("few_tasks")

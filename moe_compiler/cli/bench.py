@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from moe_compiler.cli.models import add_loading_options, load, load_compiled, switch_profile
-from moe_compiler.cli.names import MODEL_HELP, SOURCE_HELP
+from moe_compiler.cli.models import load, load_compiled, switch_profile
 from moe_compiler.cli.output import print_json, print_table, print_text
-from moe_compiler.cli.texts import add_text_options, count, positive, read_windows
+from moe_compiler.cli.parser import UsageError
+from moe_compiler.cli.texts import count, read_windows
 from moe_compiler.progress import RichProgress
 
 ORIGINAL, COMPILED = "original", "compiled"
@@ -40,26 +40,10 @@ class Speed:
     peak_bytes: int
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Defines the command's options."""
-    parser.add_argument("model", metavar="DIR", help="a model that `moe-compiler compile` saved")
-    parser.add_argument("--original", metavar="MODEL", help=f"the model to compare with: {MODEL_HELP}")
-    parser.add_argument("--data", metavar="SOURCE", default="embedded:docs", help=f"text of the prompts: {SOURCE_HELP}")
-    parser.add_argument("--batch", type=positive, default=1, help="sequences at a time (default: %(default)s)")
-    parser.add_argument("--prompt-tokens", type=positive, default=256, help="of each (default: %(default)s)")
-    parser.add_argument("--new-tokens", type=positive, default=64, help="to generate, 2 or more (default: %(default)s)")
-    parser.add_argument("--rounds", type=positive, default=7, help="the models take turns (default: %(default)s)")
-    parser.add_argument("--static-cache", action="store_true", help="which `generate` compiles for on a GPU")
-    parser.add_argument("--profile", metavar="NAME", help="profile to measure with")
-    add_text_options(parser)
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    add_loading_options(parser)
-
-
 def run(options: argparse.Namespace) -> None:
     """Loads the models, lets them take turns, and prints the medians and the ratios."""
     if options.new_tokens < 2:
-        raise ValueError(f"`--new-tokens` must be at least 2, but is {options.new_tokens}")
+        raise UsageError(f"`--new-tokens` must be at least 2, but is {options.new_tokens}")
     compiled, tokenizer = load_compiled(options.model, options)
     switch_profile(compiled, options.profile)
     models = {COMPILED: compiled}
@@ -198,7 +182,8 @@ def _print(
     if any(speed.peak_bytes for speed in speeds.values()):
         row("GPU memory at most, MB", lambda speed: speed.peak_bytes / 1e6, ",.0f")
     print_table(["", *speeds, *(["ratio"] if len(speeds) == 2 else [])], rows)
-    print_text(f"a profile is switched in {switch_ms:.2f} ms\n{conditions}")
+    meaning = "ratio: compiled / original, the median over the rounds\n" if len(speeds) == 2 else ""
+    print_text(f"{meaning}a profile is switched in {switch_ms:.2f} ms\n{conditions}")
 
 
 def _ratios(speeds: Mapping[str, Speed]) -> dict[str, float]:

@@ -12,48 +12,18 @@ from typing import Any
 
 from moe_compiler.api import dynamo_compile
 from moe_compiler.attachment import describe_sources
-from moe_compiler.cli.config_options import add_config_options, read_config
-from moe_compiler.cli.models import add_loading_options, load
-from moe_compiler.cli.names import MODEL_HELP, SOURCE_HELP, has_held_out_split, named_source
+from moe_compiler.cli.config_options import read_config
+from moe_compiler.cli.models import load
+from moe_compiler.cli.names import has_held_out_split
 from moe_compiler.cli.output import print_json, print_table, print_text
 from moe_compiler.cli.parser import UsageError
-from moe_compiler.cli.texts import add_text_options, count, positive, read_windows
+from moe_compiler.cli.texts import count, read_windows
 from moe_compiler.config import CompileConfig
 from moe_compiler.evaluate import perplexity
 from moe_compiler.passes.calibrate import Dataset
 from moe_compiler.progress import RichProgress
 
 Datasets = dict[str, Dataset]
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Defines the command's options."""
-    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument(
-        "--data",
-        metavar="NAME=SOURCE",
-        type=named_source,
-        action="append",
-        required=True,
-        help=f"a dataset to calibrate on, once for each. SOURCE: {SOURCE_HELP}",
-    )
-    parser.add_argument("-o", "--output", metavar="DIR", required=True, help="folder to save the compiled model in")
-    parser.add_argument("--overwrite", action="store_true", help="save into a folder that is not empty")
-    parser.add_argument("--tokens", type=positive, default=32_768, help="of each dataset (default: %(default)s)")
-    add_text_options(parser)
-    parser.add_argument("--evaluate", action="store_true", help="measure perplexity before and after, on held-out text")
-    parser.add_argument(
-        "--eval-data",
-        metavar="NAME=SOURCE",
-        type=named_source,
-        action="append",
-        help="measure on these (default: on what follows the calibration data, which were not calibrated on)",
-    )
-    parser.add_argument("--eval-split", metavar="SPLIT", help="split of the --eval-data (default: as --split)")
-    parser.add_argument("--eval-tokens", type=positive, default=16_384, help="of each (default: %(default)s)")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    add_loading_options(parser)
-    add_config_options(parser)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -150,9 +120,7 @@ def _print(
     seconds: float,
 ) -> None:
     report = model.moe_report
-    experts = [entry for entry in report.coverage if entry.kind == "experts"]
-    size = sum(entry.size_bytes for entry in experts)
-    weights = sum(entry.weights for entry in experts)
+    experts = report.experts
     if options.json:
         print_json(
             {
@@ -160,8 +128,8 @@ def _print(
                 "config": report.config.to_dict(),
                 "code_bits": report.code_bits,
                 "effective_bits": report.effective_bits,
-                "expert_weights": weights,
-                "expert_bytes": size,
+                "expert_weights": experts.weights,
+                "expert_bytes": experts.size_bytes,
                 "calibration_tokens": {name: count(windows) for name, windows in calibration.items()},
                 "evaluation_tokens": {name: count(windows) for name, windows in evaluation.items()},
                 "perplexity": {name: {"original": before[name], "compiled": after[name]} for name in evaluation},
@@ -179,8 +147,8 @@ def _print(
     seen = ", ".join(f"{name} ({count(windows):,} tokens)" for name, windows in calibration.items())
     print_text(
         f"calibrated on {seen}\n"
-        f"experts: {weights:,} weights, {report.code_bits:.3f} code bits, {report.effective_bits:.3f} effective bits, "
-        f"{size / 1e6:.2f} MB\n"
+        f"experts: {experts.weights:,} weights, {experts.code_bits:.3f} code bits, "
+        f"{experts.effective_bits:.3f} effective bits, {experts.size_bytes / 1e6:.2f} MB\n"
         f"saved in {options.output}; {seconds:.0f} s in all"
     )
 

@@ -7,38 +7,13 @@ import gc
 import math
 from typing import Any
 
-from moe_compiler.cli.models import add_loading_options, is_compiled, load, switch_profile
-from moe_compiler.cli.names import MODEL_HELP, SOURCE_HELP, named_source
+from moe_compiler.cli.models import is_compiled, load, switch_profile
 from moe_compiler.cli.output import print_json, print_table, print_text
 from moe_compiler.cli.parser import UsageError
-from moe_compiler.cli.texts import add_text_options, count, positive, read_windows
+from moe_compiler.cli.texts import count, read_windows
 from moe_compiler.evaluate import perplexity
 from moe_compiler.passes.calibrate import Dataset
 from moe_compiler.progress import RichProgress
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Defines the command's options."""
-    parser.add_argument("models", metavar="MODEL", nargs="+", help=f"one or two: {MODEL_HELP}")
-    parser.add_argument(
-        "--data",
-        metavar="NAME=SOURCE",
-        type=named_source,
-        action="append",
-        default=[],
-        help=f"text to measure perplexity on, once for each. SOURCE: {SOURCE_HELP}",
-    )
-    parser.add_argument("--tokens", type=positive, default=16_384, help="of each dataset (default: %(default)s)")
-    parser.add_argument("--window", type=positive, default=512, help="tokens per window (default: %(default)s)")
-    add_text_options(parser)
-    parser.add_argument("--profile", metavar="NAME", help="profile to measure the compiled model with")
-    parser.add_argument("--tasks", metavar="TASK,TASK", help="zero-shot tasks, as piqa,rte")
-    parser.add_argument("--task-data", metavar="DIR", help="folder with local files of the tasks")
-    parser.add_argument("--limit", type=positive, metavar="N", help="documents of each task, drawn (default: all)")
-    parser.add_argument("--shots", type=int, default=0, help="worked examples before each document (default: 0)")
-    parser.add_argument("--batch-size", type=positive, default=8, help="of the tasks (default: %(default)s)")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    add_loading_options(parser)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -49,6 +24,7 @@ def run(options: argparse.Namespace) -> None:
         raise UsageError("`--data` or `--tasks` must say what to measure on")
     if options.window < 2:
         raise UsageError("`--window` must be at least 2, since the first token of each is not scored")
+    _check_tasks(options)
     datasets: dict[str, Dataset] = {}
     perplexities: list[dict[str, float]] = []
     results: list[Any] = []
@@ -86,12 +62,25 @@ def _tasks(options: argparse.Namespace, model: Any, tokenizer: Any) -> Any:
     return zero_shot(
         model,
         tokenizer,
-        tuple(task.strip() for task in options.tasks.split(",")),
+        _task_names(options),
         limit=options.limit,
         num_fewshot=options.shots,
         batch_size=options.batch_size,
         data=options.task_data,
     )
+
+
+def _check_tasks(options: argparse.Namespace) -> None:
+    """Refuses tasks and their local files before the models are loaded and perplexities measured."""
+    if options.tasks:
+        from moe_compiler.tasks.harness import check_tasks, read_documents
+
+        check_tasks(_task_names(options))
+        read_documents(_task_names(options), options.task_data)
+
+
+def _task_names(options: argparse.Namespace) -> tuple[str, ...]:
+    return tuple(task.strip() for task in options.tasks.split(","))
 
 
 def _print(

@@ -11,31 +11,9 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
-from moe_compiler.cli.models import add_loading_options, load, switch_profile
-from moe_compiler.cli.names import MODEL_HELP
+from moe_compiler.cli.models import load, switch_profile
 from moe_compiler.cli.output import print_json
 from moe_compiler.cli.parser import UsageError
-from moe_compiler.cli.texts import positive
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Defines the command's options."""
-    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    text = parser.add_mutually_exclusive_group(required=True)
-    text.add_argument("--prompt", metavar="TEXT", help="what to continue")
-    text.add_argument("--prompt-file", metavar="FILE", help="a file of what to continue; - is standard input")
-    parser.add_argument(
-        "--chat", action="store_true", help="put the prompt into the model's chat template, as a user's turn"
-    )
-    parser.add_argument("--profile", metavar="NAME", help="profile to generate with")
-    parser.add_argument("--max-new-tokens", type=positive, default=128, help="at most so many (default: %(default)s)")
-    parser.add_argument(
-        "--temperature", type=float, default=0.0, help="0 takes the likeliest token (default: %(default)s)"
-    )
-    parser.add_argument("--top-p", type=float, default=1.0, help="of sampling (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of sampling (default: %(default)s)")
-    parser.add_argument("--json", action="store_true", help="print JSON at the end instead of text as it comes")
-    add_loading_options(parser)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -49,6 +27,8 @@ def run(options: argparse.Namespace) -> None:
     model, tokenizer = load(options.model, options)
     switch_profile(model, options.profile)
     if options.chat:
+        if not getattr(tokenizer, "chat_template", None):
+            raise ValueError(f"`--chat` needs a tokenizer with a chat template, but that of {options.model!r} has none")
         prompt = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
         )

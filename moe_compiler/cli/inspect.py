@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import asdict
 from typing import Any
 
-from moe_compiler.cli.models import add_loading_options, load_compiled
+from rich.console import Console
+
+from moe_compiler.cli.models import load_compiled
 from moe_compiler.cli.output import print_json, print_table, print_text
 from moe_compiler.inspection import explain, readable
 from moe_compiler.kernels.affine import WIDTHS
@@ -16,16 +19,8 @@ from moe_compiler.runtime.profile import Profile
 from moe_compiler.runtime.report import jensen_shannon
 from moe_compiler.runtime.runtime import CALIBRATION
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Defines the command's options."""
-    parser.add_argument("model", metavar="DIR", help="a model that `moe-compiler compile` saved")
-    parser.add_argument("--graphs", action="store_true", help="draw each MoE block's graph before and after")
-    parser.add_argument("--plan", action="store_true", help="list the width of every expert")
-    parser.add_argument("--coverage", action="store_true", help="list every linear of the MoE blocks")
-    parser.add_argument("--layer", metavar="PATH", action="append", help="only this MoE block, once for each")
-    parser.add_argument("--json", action="store_true", help="print JSON: all of it, the graphs only with --graphs")
-    add_loading_options(parser)
+_PIPE_WIDTH = 120
+"""Characters in a line of graphs where they go to a file or pipe."""
 
 
 def run(options: argparse.Namespace) -> None:
@@ -40,7 +35,7 @@ def run(options: argparse.Namespace) -> None:
         print_json(_everything(model, layers, graphs=options.graphs))
         return
     if options.graphs:
-        explain(model, layers=layers)
+        explain(model, layers=layers, console=None if sys.stdout.isatty() else Console(width=_PIPE_WIDTH))
     if options.plan:
         _print_plan(model, layers)
     if options.coverage:
@@ -139,8 +134,7 @@ def _print_coverage(model: Any, layers: Collection[str]) -> None:
 
 
 def _covered(model: Any, layers: Collection[str]) -> list[Any]:
-    prefixes = tuple(f"{path}." for path in layers)
-    return [entry for entry in model.moe_report.coverage if entry.path.startswith(prefixes)]
+    return [entry for path in layers for entry in model.moe_report.of_block(path)]
 
 
 def _everything(model: Any, layers: Collection[str], *, graphs: bool) -> dict[str, Any]:

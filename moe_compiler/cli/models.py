@@ -16,18 +16,12 @@ from moe_compiler.cli.parser import UsageError
 from moe_compiler.coverage import CompileReport
 
 
-def add_loading_options(parser: argparse.ArgumentParser) -> None:
-    """Adds `--dtype` and `--device`."""
-    parser.add_argument("--dtype", default="auto", help="of the weights, as bfloat16 (default: what the files have)")
-    parser.add_argument("--device", default="auto", help="as cpu or cuda:0 (default: a GPU if there is one)")
-
-
 def load(name: str, options: argparse.Namespace) -> tuple[Any, Any]:
     """Loads a model and its tokenizer.
 
     Args:
         name: a folder, a model of the hub, or `embedded`.
-        options: has `dtype` and `device`, see `add_loading_options`.
+        options: what was typed: has `dtype` and `device`.
 
     Returns:
         The model in eval mode, and the tokenizer.

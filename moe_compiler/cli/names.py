@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 from typing import cast
 
-from moe_compiler.embedded import DOMAINS, MODEL_FOLDER, load_samples
+from moe_compiler.cli.options import EMBEDDED
+from moe_compiler.embedded import MODEL_FOLDER, load_samples
 from moe_compiler.embedded.generators import Split
 from moe_compiler.sources import read_texts
 
-EMBEDDED = "embedded"
-MODEL_HELP = f"a folder, a model of the hub, or `{EMBEDDED}`: the small model that comes with the package"
-SOURCE_HELP = (
-    "a file or folder of texts (.txt, .jsonl, .parquet, .csv), a data set of the hub (wikitext2, c4, ptb, "
-    f"name:config:split), or {EMBEDDED}:DOMAIN with the domain {', '.join(DOMAINS)}"
-)
 _CHARACTERS_PER_TOKEN = 8
 _FEWEST_TOKENS_PER_TEXT = 4
 
@@ -22,18 +16,6 @@ _FEWEST_TOKENS_PER_TEXT = 4
 def model_path(name: str) -> str:
     """What `from_pretrained` takes for the name of a model."""
     return str(MODEL_FOLDER) if name == EMBEDDED else name
-
-
-def named_source(text: str) -> tuple[str, str]:
-    """Splits `NAME=SOURCE`.
-
-    Raises:
-        argparse.ArgumentTypeError: it is not of that form.
-    """
-    name, _, source = text.partition("=")
-    if not name or not source:
-        raise argparse.ArgumentTypeError(f"must be NAME=SOURCE, as docs=embedded:docs, but is {text!r}")
-    return name, source
 
 
 def has_held_out_split(source: str) -> bool:

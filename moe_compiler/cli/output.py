@@ -13,6 +13,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from moe_compiler.replace_file import replace_file
+
 _WIDE = 10_000
 
 
@@ -46,7 +48,7 @@ def print_json(value: Any) -> None:
 
 def write_json(value: Any, path: str | Path) -> None:
     """Writes a value as JSON into a file; numbers that JSON does not have become null."""
-    Path(path).write_text(json.dumps(_finite(value), indent=2) + "\n", encoding="utf-8")
+    replace_file(Path(path), (json.dumps(_finite(value), indent=2) + "\n").encode("utf-8"))
 
 
 def _finite(value: Any) -> Any:

@@ -1,13 +1,15 @@
-"""What can be typed: the commands, each with an example; a command's own module is imported when it is chosen."""
+"""What can be typed: the commands, each with an example; a command's own module is imported when it runs."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 
 import moe_compiler
+from moe_compiler.cli.options import ADD_OPTIONS
 
 
 class UsageError(Exception):
@@ -71,8 +73,8 @@ def build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     """The parser of the command line.
 
     Args:
-        arguments: what was typed. Only the options of the command among them are defined, since that imports what the
-            command needs.
+        arguments: what was typed. The options of `CompileConfig` are defined only where the command takes them, since
+            that imports torch.
     """
     parser = argparse.ArgumentParser(
         prog="moe-compiler",
@@ -94,8 +96,12 @@ def build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         one.add_argument(
             "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
         )
-        if name == chosen:
-            module = import_module(f"moe_compiler.cli.{name}")
-            module.add_arguments(one)
-            one.set_defaults(run=module.run)
+        ADD_OPTIONS[name](one)
+        if name == chosen == "compile":
+            import_module("moe_compiler.cli.config_options").add_config_options(one)
+        one.set_defaults(run=partial(_run, name))
     return parser
+
+
+def _run(name: str, options: argparse.Namespace) -> None:
+    import_module(f"moe_compiler.cli.{name}").run(options)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import re
 from pathlib import Path
 from typing import Any
 
-from moe_compiler.saving import PROFILES, REPORT
+from moe_compiler.replace_file import replace_file
+from moe_compiler.saving import PROFILES, REPORT, profile_file
 
 
 def check_profile_name(folder: Path, name: str) -> None:
@@ -19,7 +18,10 @@ def check_profile_name(folder: Path, name: str) -> None:
         ValueError: the profile of that name is the one in the saved model's pools.
     """
     if not (folder / REPORT).is_file():
-        raise FileNotFoundError(f"`DIR` must be a local folder to keep a profile in, but {folder} has no {REPORT}")
+        raise FileNotFoundError(
+            f"`DIR` must be the folder of a saved model to keep a profile in, but {folder} has no {REPORT}: "
+            "give `--output` to keep it in a file elsewhere"
+        )
     if _contents(folder)["active"] == name:
         raise ValueError(f"`--name` must not be {name!r}, the profile that the saved model has in its pools")
 
@@ -40,23 +42,14 @@ def add_profile(folder: Path, model: Any, name: str) -> Path:
     """
     contents = _contents(folder)
     known: dict[str, str] = contents["profiles"]
-    file = known.get(name) or _free_name(name, set(known.values()))
+    file = known.get(name) or profile_file(name, known.values())
     (folder / PROFILES).mkdir(exist_ok=True)
     model.runtime.save(name, folder / file)
     known[name] = file
-    temporary = folder / f".{REPORT}.tmp"
-    temporary.write_text(json.dumps(contents, indent=1), encoding="utf-8")
-    os.replace(temporary, folder / REPORT)
+    replace_file(folder / REPORT, json.dumps(contents, indent=1).encode("utf-8"))
     return folder / file
 
 
 def _contents(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((folder / REPORT).read_text(encoding="utf-8"))
     return found
-
-
-def _free_name(name: str, taken: set[str]) -> str:
-    """A file's name that every system can have, below the model's folder."""
-    stem = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:60] or "profile"
-    names = (f"{PROFILES}/{stem}{end}.safetensors" for end in ("", *(f"-{n}" for n in range(2, len(taken) + 3))))
-    return next(one for one in names if one not in taken)

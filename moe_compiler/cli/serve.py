@@ -10,25 +10,9 @@ from typing import Any
 from transformers.cli.serve import Serve
 from transformers.utils.import_utils import is_serve_available
 
-from moe_compiler.cli.models import add_loading_options, device_of, is_compiled, quiet, switch_profile
-from moe_compiler.cli.names import MODEL_HELP, model_path
+from moe_compiler.cli.models import device_of, is_compiled, quiet, switch_profile
+from moe_compiler.cli.names import model_path
 from moe_compiler.cli.output import print_text
-from moe_compiler.cli.texts import positive
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Defines the command's options."""
-    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument("--host", default="localhost", help="address to listen on (default: %(default)s)")
-    parser.add_argument("--port", type=positive, default=8000, help="port to listen on (default: %(default)s)")
-    parser.add_argument("--profile", metavar="NAME", help="profile to start with")
-    parser.add_argument(
-        "--on-drift",
-        choices=["report", "switch"],
-        help="log when the requests change, or follow to the nearest profile",
-    )
-    parser.add_argument("--log-level", default="warning", help="of transformers (default: %(default)s)")
-    add_loading_options(parser)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -77,6 +61,10 @@ class PreparedServer(Serve):  # type: ignore[misc]  # transformers is untyped he
         """Makes the model ready and serves until the server is told to stop."""
         (loaded,) = self._model_manager.loaded_models.values()
         self._prepare(loaded.model)
+        if not getattr(getattr(loaded.processor, "tokenizer", loaded.processor), "chat_template", None):
+            print_text("its tokenizer has no chat template, so that it answers /v1/completions alone")
+            # transformers answers such a chat with an internal error
+            self._chat_handler.handle_request = self._response_handler.handle_request = _refuse_chat
         # transformers lists the models in the hub's cache, and fails where there is none
         self._model_manager.get_gen_models = self._served
         self.server.run()
@@ -85,3 +73,9 @@ class PreparedServer(Serve):  # type: ignore[misc]  # transformers is untyped he
         """The only model that requests may name, in the form of OpenAI's API."""
         name = self._model_manager.force_model
         return [{"id": name, "object": "model", "owned_by": "", "created": 0}]
+
+
+async def _refuse_chat(*_: Any) -> None:
+    from fastapi import HTTPException  # comes with the extra `serve`
+
+    raise HTTPException(400, "The model's tokenizer has no chat template: use /v1/completions.")

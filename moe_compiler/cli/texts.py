@@ -1,4 +1,4 @@
-"""Windows of token ids from named texts, and the options that say which."""
+"""Windows of token ids from named texts."""
 
 from __future__ import annotations
 
@@ -9,24 +9,6 @@ from moe_compiler.checks import vocabulary_size
 from moe_compiler.cli.names import texts_of
 from moe_compiler.data import load_samples
 from moe_compiler.passes.calibrate import Dataset
-
-
-def add_text_options(parser: argparse.ArgumentParser) -> None:
-    """Adds `--split`, `--column` and `--copies`."""
-    parser.add_argument("--split", help="split of the data sets, as test (default: train, or the only one)")
-    parser.add_argument("--column", help="column that has the text (default: text, or the only one of strings)")
-    parser.add_argument("--copies", metavar="DIR", help="folder with local copies of the hub's data sets")
-
-
-def positive(text: str) -> int:
-    """Reads a number of at least 1.
-
-    Raises:
-        argparse.ArgumentTypeError: it is none.
-    """
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a number of at least 1, but is {text!r}")
-    return int(text)
 
 
 def read_windows(
@@ -47,7 +29,7 @@ def read_windows(
         source: see `moe_compiler.cli.names.texts_of`.
         tokenizer: turns text into ids.
         model: its vocabulary must have the ids.
-        options: has `split`, `column` and `copies`, see `add_text_options`.
+        options: what was typed: has `split`, `column` and `copies`.
         name: what to call the data in messages.
         tokens: how many tokens at most; fewer where the source has fewer.
         window: tokens per window.

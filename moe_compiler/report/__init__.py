@@ -38,7 +38,8 @@ def write_report(
 
     Raises:
         TypeError: `model` was not compiled, or `adaptations` holds something else than reports.
-        ValueError: the model has no analysis, or an adaptation is of a model with other MoE blocks.
+        ValueError: the model has no analysis, an adaptation is of a model with other MoE blocks, or `figures` is a
+            file.
         FileNotFoundError: the folder of `path` does not exist.
         RuntimeError: matplotlib is not installed.
     """

@@ -9,8 +9,6 @@ import torch
 
 from moe_compiler.report.figure import (
     DIVERGING,
-    MARKERS,
-    OKABE_ITO,
     Figure,
     Matrix,
     Text,
@@ -20,12 +18,12 @@ from moe_compiler.report.figure import (
     grid,
     layer_labels,
     layer_map,
-    layer_ticks,
     map_height,
-    styled,
+    series_map,
+    shown_of,
 )
 from moe_compiler.runtime.profile import Profile
-from moe_compiler.runtime.report import AdaptReport, jensen_shannon
+from moe_compiler.runtime.report import AdaptReport, LinearChange, jensen_shannon
 
 SHOWN_PROFILES = 5
 
@@ -64,7 +62,6 @@ def slots_moved(profiles: Mapping[str, Profile], reference: str) -> Figure:
             limits = (-extreme, extreme)
             image = layer_map(one, changes[name], labels, title=f"{name}: change", cmap=DIVERGING, limits=limits)
             picture.colorbar(image, ax=one, label="slots more or fewer", location="bottom", aspect=40)
-        left_out = len(others) - len(shown)
         return finish(
             picture,
             Text(
@@ -73,7 +70,7 @@ def slots_moved(profiles: Mapping[str, Profile], reference: str) -> Figure:
                 f"Slots of the correction pools by layer and expert, all linears together: as many as the profile "
                 f"{reference!r} has, and how many more or fewer each other profile has, on one scale. The pools' "
                 "capacity is fixed, so what one expert gains others of its layer lose (DynaMo, section V-A)."
-                + (f" {left_out} more profiles are left out." if left_out else ""),
+                + shown_of(len(shown), len(others), "other profiles"),
                 f"Maps of {len(first)} layers by experts for {reference} and {', '.join(shown)}.",
             ),
         )
@@ -81,25 +78,15 @@ def slots_moved(profiles: Mapping[str, Profile], reference: str) -> Figure:
 
 def expected_errors(adaptations: Sequence[AdaptReport]) -> Figure:
     """The expected error that adapting left in each layer."""
-    shown = adaptations[: len(OKABE_ITO)]
-    labels = layer_labels([layer.path for layer in shown[0].layers])
-    linears = [change.linear for change in shown[0].layers[0].linears]
-    with canvas(1 + 4.4 * len(linears), 3.4) as picture:
+    labels = layer_labels([layer.path for layer in adaptations[0].layers])
+    linears = [change.linear for change in adaptations[0].layers[0].linears]
+    names = [f"{report.name} ({report.rule})" for report in adaptations]
+    left = errors_left(adaptations)
+    with canvas(2.2 + 4.2 * len(linears), 1.6 + 0.32 * len(names)) as picture:
         panels = grid(picture, len(linears), len(linears), sharey=True)
         for number, (axes, linear) in enumerate(zip(panels, linears, strict=True)):
-            for i, report in enumerate(shown):
-                changes = [layer.linears[number] for layer in report.layers]
-                left = [100 * c.error_after / c.error_before if c.error_before else 100.0 for c in changes]
-                name = f"{report.name} ({report.rule})"
-                axes.plot(left, color=OKABE_ITO[i], marker=MARKERS[i], markersize=4, linewidth=1, label=name)
-            axes.axhline(100, color="black", linewidth=0.8, linestyle=":")
-            axes.set_ylim(bottom=0)
-            axes.set_title(linear)
-            axes.set_xlabel("layer")
-            axes.set_ylabel("error left, %")
-            layer_ticks(axes.xaxis, labels)
-            styled(axes)
-        picture.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=4)
+            image = series_map(axes, left[:, :, number], names, labels, title=linear, high=max(100.0, left.max()))
+        picture.colorbar(image, ax=panels, label="error left, %")
         return finish(
             picture,
             Text(
@@ -107,10 +94,20 @@ def expected_errors(adaptations: Sequence[AdaptReport]) -> Figure:
                 "Expected error after adapting",
                 "Expected squared error of each linear's output on the new data after adapting, in per cent of that "
                 "with the pools' contents before: Σ ‖(W − Ŵ)·x‖² with the second moments of the new data (of the "
-                "channels alone for rules that collect no more).",
-                f"Lines of per cent over the layers for {', '.join(report.name for report in shown)}.",
+                "channels alone for rules that collect no more). More than 100 is a loss.",
+                f"Maps of per cent over the layers for {', '.join(names)}.",
             ),
         )
+
+
+def errors_left(adaptations: Sequence[AdaptReport]) -> Matrix:
+    """`(adaptations, layers, linears)`: the expected error after adapting in per cent of that before."""
+    layers = [[[_left(change) for change in layer.linears] for layer in report.layers] for report in adaptations]
+    return np.array(layers)
+
+
+def _left(change: LinearChange) -> float:
+    return 100 * change.error_after / change.error_before if change.error_before else 100.0
 
 
 def divergence_matrix(profiles: Mapping[str, Profile]) -> tuple[Matrix, Matrix]:
@@ -138,7 +135,7 @@ def routing_divergence(profiles: Mapping[str, Profile]) -> Figure:
     by_layer, mean = divergence_matrix(profiles)
     labels = layer_labels(list(profiles[names[0]].histograms))
     size = 2.4 + 0.5 * len(names)
-    with canvas(size + 5.4, max(3.2, size)) as picture:
+    with canvas(size + 6.4, max(3.2, size)) as picture:
         left, right = picture.subplots(1, 2, width_ratios=[size, 5])
         high = max(float(mean.max()), 1e-9)
         image = left.imshow(mean, cmap="viridis_r", vmin=0, vmax=high)
@@ -149,16 +146,10 @@ def routing_divergence(profiles: Mapping[str, Profile]) -> Figure:
             shade = "white" if value > 0.5 * high else "black"
             left.text(column, row, f"{value:.3f}", ha="center", va="center", color=shade, fontsize=8)
         picture.colorbar(image, ax=left, shrink=0.8, label="bits")
-        for i, name in enumerate(names[1:]):
-            style = {"color": OKABE_ITO[i % 8], "marker": MARKERS[i % 8], "linestyle": "-" if i < 8 else "--"}
-            right.plot(by_layer[:, i + 1], label=name, markersize=4, linewidth=1, **style)
-        right.set_ylim(bottom=0)
-        right.set_title(f"from {names[0]!r}, by layer")
-        right.set_xlabel("layer")
-        right.set_ylabel("divergence, bits")
-        layer_ticks(right.xaxis, labels)
-        right.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-        styled(right)
+        most, title = max(float(by_layer.max()), 1e-9), f"from {names[0]!r}, by layer"
+        others = by_layer[:, 1:].T
+        image = series_map(right, others, names[1:], labels, title=title, high=most, cmap="viridis_r")
+        picture.colorbar(image, ax=right, shrink=0.8, label="bits")
         return finish(
             picture,
             Text(
@@ -168,6 +159,6 @@ def routing_divergence(profiles: Mapping[str, Profile]) -> Figure:
                 "between the shares of tokens that each profile's data send to the experts: between all profiles, "
                 "mean over the layers, and of each from the first in every layer. The drift guard compares the "
                 "serving histograms with these.",
-                f"A {len(names)} by {len(names)} matrix and one line per profile over the layers.",
+                f"A {len(names)} by {len(names)} matrix and a map of the profiles over the layers.",
             ),
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from matplotlib.colors import ListedColormap
 
@@ -37,16 +39,19 @@ def clusters(analysis: Analysis) -> Figure:
             values = layer.baseline.numpy()[order]
             place = np.arange(len(order))
             axes.vlines(place, 0, values, color="#dddddd", linewidth=1, zorder=1)
+            high = 1.12 * float(values.max())
             different = list(dict.fromkeys(layer.bits.values()))
-            for widths, size in zip(different, (34, 9), strict=False):
+            markers = [("o", 0.0)] if len(different) == 1 else [("^", 0.022), ("v", -0.022)]
+            for widths, (marker, shift) in zip(different, markers, strict=True):
                 colors = [WIDTH_COLORS[widths[expert]] for expert in order]
-                axes.scatter(place, values, c=colors, s=size, zorder=2, edgecolors="white", linewidths=0.5)
+                style: dict[str, Any] = {"s": 30, "zorder": 2, "edgecolors": "#666666", "linewidths": 0.3}
+                axes.scatter(place, values + shift * high, c=colors, marker=marker, **style)
             for center in layer.centers or ():
                 axes.axhline(center, color="#888888", linewidth=0.8, linestyle="--", zorder=0)
             axes.set_title(f"layer {label[path]}", loc="left")
             axes.set_xlabel("experts by baseline X")
             axes.set_ylabel("baseline X")
-            axes.set_ylim(0, 1.08 * float(values.max()))
+            axes.set_ylim(-0.04 * high, high)
             axes.set_xlim(-0.8, layer.num_experts - 0.2)
             styled(axes)
         width_legend(picture, _widths(analysis))
@@ -59,7 +64,7 @@ def clusters(analysis: Analysis) -> Figure:
                 "Clusters of experts and their widths",
                 "Experts in the order of their synthesized baseline significance X (no unit; DynaMo's equation 2), "
                 f"coloured by the code width that the strategy '{analysis.strategy}' gave them"
-                + (" (large marker: first linear, small: second)" if two else "")
+                + (" (triangles up and down: the first and the second linear)" if two else "")
                 + ". "
                 + ("Dashed: the centres of the fuzzy clusters (DynaMo's algorithm 1). " if with_centers else "")
                 + "The form of DynaMo's figure 5.",

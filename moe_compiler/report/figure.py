@@ -143,6 +143,40 @@ def layer_map(
     return image
 
 
+def series_map(
+    axes: Axes,
+    values: Matrix,
+    names: Sequence[str],
+    labels: Sequence[str],
+    *,
+    title: str,
+    high: float,
+    cmap: str = SEQUENTIAL,
+) -> Any:
+    """Draws one number per name and layer as a map, layers from left to right, and returns the image.
+
+    Args:
+        axes: where to draw.
+        values: `(names, layers)`, not negative.
+        names: of the rows.
+        labels: the layers' names.
+        title: above the map.
+        high: the value at the end of the colours, which begin at 0.
+        cmap: the colour map.
+    """
+    image = axes.imshow(values, aspect="auto", cmap=cmap, vmin=0, vmax=high, interpolation="nearest")
+    axes.set_yticks(range(len(names)), labels=list(names))
+    axes.set_title(title)
+    axes.set_xlabel("layer")
+    layer_ticks(axes.xaxis, labels)
+    return image
+
+
+def shown_of(shown: int, known: int, what: str) -> str:
+    """A sentence for a caption, where not all is drawn."""
+    return f" Drawn are {shown} of {known} {what}." if shown < known else ""
+
+
 def layer_ticks(axis: Any, labels: Sequence[str], most: int = 17) -> None:
     """Names of layers at the positions 0, 1, ... of an axis, at most so many of them."""
     step = -(-len(labels) // most)

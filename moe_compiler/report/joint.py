@@ -11,7 +11,6 @@ from matplotlib.ticker import MaxNLocator
 from moe_compiler.analysis import Analysis, LayerAnalysis
 from moe_compiler.report.figure import (
     DIVERGING,
-    MARKERS,
     OKABE_ITO,
     Figure,
     Matrix,
@@ -19,8 +18,8 @@ from moe_compiler.report.figure import (
     canvas,
     finish,
     layer_labels,
-    layer_ticks,
-    styled,
+    series_map,
+    shown_of,
 )
 
 SHOWN_PAIRS = 4
@@ -34,7 +33,6 @@ def joint_distribution(analysis: Analysis) -> Figure:
     layer = analysis.layers[path]
     names = analysis.datasets[:SHOWN_PAIRS]
     count = len(names)
-    left_out = len(analysis.datasets) - count
     with canvas(max(4.2, 0.5 + 2.4 * count), max(3.2, 0.6 + 2.1 * count)) as picture:
         axes = picture.subplots(count, count, squeeze=False)
         for row in range(count):
@@ -59,7 +57,7 @@ def joint_distribution(analysis: Analysis) -> Figure:
                 "baseline X (DynaMo's equation 2). Elsewhere: one dot per expert on a pair of datasets, the ellipses "
                 "at 1 and 2 standard deviations of the fitted Gaussian, and its correlation C; experts off the "
                 "diagonal line change with the data. The content of DynaMo's figure 4."
-                + (f" The first {count} datasets are drawn; {left_out} are left out." if left_out else ""),
+                + shown_of(count, len(analysis.datasets), "datasets"),
                 f"Histograms and scatter plots of the experts' significance on {', '.join(names)} in layer "
                 f"{label[path]}.",
             ),
@@ -85,16 +83,9 @@ def dataset_correlation(analysis: Analysis) -> Figure:
                 shade = "white" if abs(mean[row, column]) > 0.6 else "black"
                 left.text(column, row, f"{mean[row, column]:.2f}", ha="center", va="center", color=shade)
         picture.colorbar(image, ax=left, shrink=0.8, label="correlation")
-        for d, name in enumerate(names):
-            style = {"color": OKABE_ITO[d % 8], "marker": MARKERS[d % 8], "linestyle": "-" if d < 8 else "--"}
-            right.plot(range(len(layers)), weights[:, d], label=name, markersize=4, linewidth=1, **style)
-        right.set_ylim(0, max(1e-9, float(weights.max())) * 1.1)
-        right.set_title("dataset weight in the baseline")
-        right.set_ylabel("weight (sums to 1)")
-        right.set_xlabel("layer")
-        layer_ticks(right.xaxis, labels)
-        right.legend(ncols=min(4, len(names)), loc="lower left")
-        styled(right)
+        high = max(1e-9, float(weights.max()))
+        image = series_map(right, weights.T, names, labels, title="dataset weight in the baseline", high=high)
+        picture.colorbar(image, ax=right, shrink=0.8, label="weight (a layer's sum to 1)")
         return finish(
             picture,
             Text(
@@ -104,8 +95,8 @@ def dataset_correlation(analysis: Analysis) -> Figure:
                 "DynaMo's equation 2 normalised, mean over the layers. Right: the weight of each dataset in the "
                 "baseline significance X of each layer, in proportion to its correlations with all datasets, where "
                 "that sum is positive.",
-                f"A {len(names)} by {len(names)} correlation matrix and one line per dataset over {len(layers)} "
-                "layers.",
+                f"A {len(names)} by {len(names)} correlation matrix and a map of the datasets' weights over "
+                f"{len(layers)} layers.",
             ),
         )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from moe_compiler.analysis import Analysis
@@ -18,18 +20,20 @@ from moe_compiler.report.figure import (
     layer_labels,
     layer_map,
     map_height,
+    shown_of,
     styled,
 )
 
 SHOWN_LAYERS = 4
 SHOWN_DATASETS = 8
+_MARKED_DATASETS = 7  # the eighth colour is black, that of the baseline
 
 
 def significance_by_dataset(analysis: Analysis) -> Figure:
     """The expert significance of some layers on each dataset (DynaMo, arXiv 2503.21135v3, figure 3)."""
     paths = evenly(list(analysis.layers), SHOWN_LAYERS)
     label = dict(zip(analysis.layers, layer_labels(list(analysis.layers)), strict=True))
-    datasets = analysis.datasets[:SHOWN_DATASETS]
+    datasets = analysis.datasets[:_MARKED_DATASETS]
     widest = max(analysis.layers[path].num_experts for path in paths)
     with canvas(min(13, 4.5 + 0.11 * widest), 0.6 + 1.9 * len(paths)) as picture:
         for axes, path in zip(grid(picture, len(paths), 1), paths, strict=True):
@@ -38,7 +42,13 @@ def significance_by_dataset(analysis: Analysis) -> Figure:
             values = layer.significance.numpy()
             axes.vlines(experts, values.min(axis=0), values.max(axis=0), color="#bbbbbb", linewidth=2, zorder=1)
             for d, name in enumerate(datasets):
-                axes.scatter(experts, values[d], s=16, color=OKABE_ITO[d], marker=MARKERS[d], label=name, zorder=2)
+                style: dict[str, Any] = {
+                    "color": OKABE_ITO[d],
+                    "marker": MARKERS[d],
+                    "edgecolors": "#555555",
+                    "linewidths": 0.3,
+                }
+                axes.scatter(experts, values[d], s=18, label=name, zorder=2, **style)
             axes.scatter(experts, layer.baseline.numpy(), s=45, color="black", marker="_", label="baseline X", zorder=3)
             axes.axhline(layer.top_k / layer.num_experts, color="#888888", linewidth=0.8, linestyle=":")
             axes.set_title(f"layer {label[path]}", loc="left")
@@ -49,7 +59,6 @@ def significance_by_dataset(analysis: Analysis) -> Figure:
             axes.set_xlabel("expert")
         handles, names = axes.get_legend_handles_labels()
         picture.legend(handles, names, loc="outside upper center", ncols=min(len(names), 5))
-        left_out = len(analysis.datasets) - len(datasets)
         return finish(
             picture,
             Text(
@@ -58,7 +67,7 @@ def significance_by_dataset(analysis: Analysis) -> Figure:
                 "Expert significance S (no unit; a layer's experts sum to k) of DynaMo's equation 1, one marker per "
                 "dataset; the grey line spans the datasets, the black dash is the synthesized baseline X of equation "
                 "2, the dotted line is even routing, k/E. The form of DynaMo's figure 3."
-                + (f" The first {len(datasets)} datasets are drawn; {left_out} are left out." if left_out else ""),
+                + shown_of(len(datasets), len(analysis.datasets), "datasets"),
                 f"Dots for the significance of each expert on {', '.join(datasets)}, in layers "
                 f"{', '.join(label[path] for path in paths)}.",
             ),
@@ -81,15 +90,15 @@ def significance_map(analysis: Analysis) -> Figure:
         axes = grid(picture, len(names), columns)
         for one, name, values in zip(axes, names, relative, strict=True):
             image = layer_map(one, values, labels, title=name, limits=(0, high))
-        picture.colorbar(image, ax=axes, label="significance / (k/E)", shrink=0.9, aspect=30)
-        left_out = len(analysis.datasets) - len(names)
+        label = "significance / (k/E)"
+        picture.colorbar(image, ax=axes, label=label, location="bottom", shrink=0.7, aspect=60)
         return finish(
             picture,
             Text(
                 "significance-map",
                 "Expert significance in every layer",
                 "Expert significance S (DynaMo's equation 1) of every expert as a multiple of even routing, k/E, one "
-                "map per dataset on one scale." + (f" {left_out} more datasets are left out." if left_out else ""),
+                "map per dataset on one scale." + shown_of(len(names), len(analysis.datasets), "datasets"),
                 f"Maps of {len(paths)} layers by experts on {', '.join(names)}.",
             ),
         )

@@ -9,6 +9,7 @@ import networkx as nx
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap, Normalize
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from moe_compiler.analysis import Analysis, LayerAnalysis
@@ -32,6 +33,7 @@ from moe_compiler.report.figure import (
 SHOWN_LAYERS = 4
 EDGES_PER_EXPERT = 2
 _EDGES = "Blues"
+_TOKENS = "tokens in common"
 
 
 def cosine_similarity_map(analysis: Analysis) -> Figure:
@@ -111,14 +113,15 @@ def expert_graphs(analysis: Analysis) -> Figure:
         drawn.append(("weights", "cosine similarity", expert_graph(layer.similarity, least)))
     if layer.coactivation is not None:
         least = max(1.0, _strongest(layer.coactivation, layer.num_experts))
-        drawn.append(("routing", "tokens in common", coactivation_graph(layer.coactivation, int(least))))
+        drawn.append(("routing", _TOKENS, coactivation_graph(layer.coactivation, int(least))))
     with canvas(1 + 5.2 * len(drawn), 5.0) as picture:
         axes = grid(picture, len(drawn), 2)
         for one, (title, unit, graph) in zip(axes, drawn, strict=True):
             one.set_title(f"layer {label[path]}: by {title}")
             edges = _draw(one, graph, layer)
             if edges is not None:
-                picture.colorbar(edges, ax=one, label=unit, shrink=0.6, orientation="horizontal", aspect=40)
+                bar = picture.colorbar(edges, ax=one, label=unit, shrink=0.6, orientation="horizontal", aspect=40)
+                bar.ax.xaxis.set_major_locator(MaxNLocator(6, integer=unit == _TOKENS))
         width_legend(picture, sorted(set(_first(layer))))
         return finish(
             picture,

@@ -2,75 +2,13 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 from matplotlib.patches import Patch
 
-from moe_compiler.coverage import CompileReport, CoverageEntry
+from moe_compiler.coverage import CompileReport, put_together
 from moe_compiler.report.figure import OKABE_ITO, Figure, Text, canvas, finish, layer_labels, layer_ticks, styled
 
 KINDS = ("experts", "shared experts", "other")
 _SIXTEEN_BITS = 16
-
-
-@dataclass(frozen=True)
-class CoverageGroup:
-    """Linears of all layers that have the same place and outcome.
-
-    Attributes:
-        pattern: their path with `*` for the layer.
-        kind: as in `CoverageEntry`.
-        outcome: `"lowered"`, or why they were left alone.
-        linears: how many there are.
-        weights: weights in all of them.
-        size_bytes: bytes of all of them.
-        code_bits: mean over the weights.
-    """
-
-    pattern: str
-    kind: str
-    outcome: str
-    linears: int
-    weights: int
-    size_bytes: int
-    code_bits: float
-
-    @property
-    def effective_bits(self) -> float:
-        """Bits per weight, everything counted."""
-        return 8 * self.size_bytes / self.weights
-
-
-def coverage_groups(report: CompileReport) -> list[CoverageGroup]:
-    """The coverage with the layers put together."""
-    alike: dict[tuple[str, str, str], list[CoverageEntry]] = {}
-    for entry in report.coverage:
-        outcome = "lowered" if entry.lowered else f"left alone: {entry.reason}"
-        alike.setdefault((re.sub(r"\.\d+\.", ".*.", entry.path), entry.kind, outcome), []).append(entry)
-    return [
-        CoverageGroup(
-            *key,
-            linears=len(entries),
-            weights=sum(e.weights for e in entries),
-            size_bytes=sum(e.size_bytes for e in entries),
-            code_bits=sum(e.code_bits * e.weights for e in entries) / sum(e.weights for e in entries),
-        )
-        for key, entries in alike.items()
-    ]
-
-
-def entries_of(report: CompileReport, path: str) -> list[CoverageEntry]:
-    """The entries of one MoE block."""
-    return [entry for entry in report.coverage if entry.path == path or entry.path.startswith(path + ".")]
-
-
-def bits_of(entries: Sequence[CoverageEntry]) -> tuple[float, float]:
-    """Code bits and effective bits per weight of some entries."""
-    weights = sum(entry.weights for entry in entries)
-    code = sum(entry.code_bits * entry.weights for entry in entries) / weights
-    return code, 8 * sum(entry.size_bytes for entry in entries) / weights
 
 
 def layer_sizes(report: CompileReport) -> Figure:
@@ -78,15 +16,16 @@ def layer_sizes(report: CompileReport) -> Figure:
     paths = list(report.plan.layers)
     labels = layer_labels(paths)
     place = list(range(len(paths)))
-    by_layer = [entries_of(report, path) for path in paths]
-    routed = [bits_of([entry for entry in entries if entry.kind == "experts"]) for entries in by_layer]
+    by_layer = [report.of_block(path) for path in paths]
+    routed = [put_together([entry for entry in entries if entry.kind == "experts"]) for entries in by_layer]
+    effective, code = [one.effective_bits for one in routed], [one.code_bits for one in routed]
     with canvas(7.5, 4.6) as picture:
         upper, lower = picture.subplots(2, 1, sharex=True)
-        upper.plot(place, [one[1] for one in routed], "o-", color=OKABE_ITO[0], markersize=4, label="effective bits")
-        upper.plot(place, [one[0] for one in routed], "s--", color=OKABE_ITO[1], markersize=4, label="code bits")
+        upper.plot(place, effective, "o-", color=OKABE_ITO[0], markersize=4, label="effective bits")
+        upper.plot(place, code, "s--", color=OKABE_ITO[1], markersize=4, label="code bits")
         if report.plan.target_bits is not None:
             upper.axhline(report.plan.target_bits, color="black", linewidth=0.8, linestyle=":", label="target")
-        upper.set_ylim(0, 1.15 * max(*(one[1] for one in routed), report.plan.target_bits or 0))
+        upper.set_ylim(0, 1.15 * max(*effective, report.plan.target_bits or 0))
         upper.set_ylabel("bits per expert weight")
         bottom = [0.0] * len(paths)
         for kind, color in zip(KINDS, (OKABE_ITO[0], OKABE_ITO[2], "#999999"), strict=True):
@@ -115,7 +54,7 @@ def layer_sizes(report: CompileReport) -> Figure:
 
 def coverage(report: CompileReport) -> Figure:
     """The bytes of each kind of linear now, beside those of 16 bits a weight."""
-    groups = coverage_groups(report)
+    groups = report.groups()
     place = list(range(len(groups)))[::-1]
     with canvas(9.0, 1.2 + 0.5 * len(groups)) as picture:
         axes = picture.subplots()
@@ -131,6 +70,7 @@ def coverage(report: CompileReport) -> Figure:
         axes.bar_label(bars, [f"{group.effective_bits:.2f} bits, {group.outcome}" for group in groups], padding=3)
         axes.set_yticks(place, labels=[f"{group.linears} × {group.pattern}" for group in groups], fontsize=8)
         axes.set_xlabel("MB (1e6 bytes)")
+        axes.xaxis.set_major_formatter("{x:,g}")
         axes.set_xlim(0, 1.25 * max(*before, *now))
         colors = {"at 16 bits a weight": "#cccccc", "now, lowered": OKABE_ITO[0], "now, left alone": OKABE_ITO[1]}
         handles = [Patch(color=color, label=label) for label, color in colors.items()]

@@ -10,10 +10,9 @@ from statistics import median
 from typing import Any
 
 from moe_compiler.analysis import Analysis, LayerAnalysis
-from moe_compiler.coverage import CompileReport
+from moe_compiler.coverage import CompileReport, put_together
 from moe_compiler.report.adaptation import divergence_matrix
 from moe_compiler.report.page import Cell, Part, table_part
-from moe_compiler.report.size import bits_of, coverage_groups, entries_of
 from moe_compiler.report.tokens import weights_by_rank
 from moe_compiler.runtime.profile import Profile
 from moe_compiler.runtime.report import AdaptReport
@@ -32,16 +31,14 @@ def summary(report: CompileReport, analysis: Analysis) -> Part:
     layers = list(analysis.layers.values())
     experts = sorted({layer.num_experts for layer in layers})
     top_k = sorted({layer.top_k for layer in layers})
-    routed = [entry for entry in report.coverage if entry.kind == "experts"]
-    size, weights = sum(entry.size_bytes for entry in routed), sum(entry.weights for entry in routed)
     target = report.plan.target_bits
     rows = [
         ("strategy", analysis.strategy),
         ("MoE blocks", str(len(layers))),
         ("experts in a block", " or ".join(map(str, experts))),
         ("experts per token", " or ".join(map(str, top_k))),
-        ("weights of routed experts", f"{weights:,}"),
-        ("their size now, MB", f"{size / 1e6:,.3f}"),
+        ("weights of routed experts", f"{report.experts.weights:,}"),
+        ("their size now, MB", f"{report.experts.size_bytes / 1e6:,.3f}"),
         ("code bits per weight", f"{report.code_bits:.3f}"),
         ("effective bits per weight", f"{report.effective_bits:.3f}"),
         ("target, effective bits", "none" if target is None else f"{target:g}"),
@@ -103,11 +100,21 @@ def layers(report: CompileReport, analysis: Analysis) -> Part:
     """Every MoE block in one line."""
     rows: list[tuple[Cell, ...]] = []
     for path, layer in analysis.layers.items():
-        entries = entries_of(report, path)
-        code, effective = bits_of([entry for entry in entries if entry.kind == "experts"])
+        entries = report.of_block(path)
+        routed = put_together([entry for entry in entries if entry.kind == "experts"])
         size = sum(entry.size_bytes for entry in entries) / 1e6
         rare = len({expert for experts in report.blended.get(path, {}).values() for expert in experts})
-        rows.append((path, code, effective, size, float(layer.dynamics.mean()), _similarity(layer), rare))
+        rows.append(
+            (
+                path,
+                routed.code_bits,
+                routed.effective_bits,
+                size,
+                float(layer.dynamics.mean()),
+                _similarity(layer),
+                rare,
+            )
+        )
     caption = (
         "Bits per weight of the routed experts, megabytes of the whole block, mean dynamics D of the experts, median "
         "cosine similarity of pairs of experts, and how many experts saw too few tokens for a Hessian of their own."
@@ -128,7 +135,7 @@ def coverage(report: CompileReport) -> Part:
             group.code_bits,
             group.effective_bits,
         )
-        for group in coverage_groups(report)
+        for group in report.groups()
     ]
     header = ("linear", "number", "outcome", "weights", "MB", "code bits", "effective bits")
     caption = "Every linear of the MoE blocks; * stands for the layer."

@@ -6,7 +6,7 @@ import torch
 
 from moe_compiler.analysis import Analysis, TokenFrequencies
 from moe_compiler.passes.significance import token_weights
-from moe_compiler.report.figure import OKABE_ITO, Figure, Text, canvas, finish, grid, styled
+from moe_compiler.report.figure import OKABE_ITO, Figure, Text, canvas, finish, grid, shown_of, styled
 
 SHOWN_DATASETS = 8
 
@@ -27,13 +27,12 @@ def token_utilization(analysis: Analysis) -> Figure:
             axes.loglog(
                 rank, top_k * law(rank), color="black", linestyle="--", linewidth=0.9, label="fitted law, before"
             )
-            axes.set_title(f"{name}: C = {law.C:.2g}, β = {law.beta:.2f}", fontsize=9)
+            axes.set_title(f"{name}: C = {law.C:.3f}, β = {law.beta:.2f}", fontsize=9)
             axes.set_xlabel("rank of the token")
             axes.set_ylabel("utilization (times per token)")
             styled(axes, "both")
         handles, names = axes.get_legend_handles_labels()
         picture.legend(handles, names, loc="outside upper center", ncols=3)
-        left_out = len(analysis.tokens) - len(shown)
         used = "with" if analysis.reweighted else "without"
         return finish(
             picture,
@@ -45,7 +44,7 @@ def token_utilization(analysis: Analysis) -> Figure:
                 "by least squares on logarithms (MoQa's equation 1). After: U times the token weight "
                 f"(f(rank)/f(1))^α with α = {analysis.alpha:g} (MoQa's equation 2, in the decreasing form that its "
                 f"text asks for). The statistics of this model were collected {used} these weights. MoQa's figure 2."
-                + (f" {left_out} more datasets are left out." if left_out else ""),
+                + shown_of(len(shown), len(analysis.tokens), "datasets"),
                 f"Falling curves on logarithmic axes for {', '.join(shown)}.",
             ),
         )

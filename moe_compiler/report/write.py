@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +20,7 @@ import moe_compiler.report.tokens as token_figures
 from moe_compiler.analysis import Analysis
 from moe_compiler.coverage import CompileReport
 from moe_compiler.graph_record import GraphRecord
+from moe_compiler.replace_file import replace_file
 from moe_compiler.report.figure import Figure
 from moe_compiler.report.page import Part, Section, code_part, figure_part, page
 from moe_compiler.runtime.profile import Profile
@@ -55,6 +54,10 @@ def write(model: Any, path: Path, tokenizer: Any, figures: Path | None, adaptati
     subject = _subject(model, tokenizer, adaptations)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"`path` must lie in a folder that exists, but {path.parent} does not")
+    if figures is not None:
+        if figures.exists() and not figures.is_dir():
+            raise ValueError(f"`figures` must be a folder, but {figures} is a file")
+        figures.mkdir(parents=True, exist_ok=True)
     drawn: list[Figure] = []
     sections = build_sections(subject, drawn)
     title = f"{subject.name}, compiled"
@@ -62,11 +65,10 @@ def write(model: Any, path: Path, tokenizer: Any, figures: Path | None, adaptati
         "Written by moe-compiler, which implements DynaMo and its earlier version MoQa (arXiv 2503.21135v3 and v1). "
         "Figures are of the calibration data unless they say otherwise."
     )
-    _replace(path, page(title, note, sections).encode("utf-8"))
     if figures is not None:
-        figures.mkdir(parents=True, exist_ok=True)
         for figure in drawn:
-            _replace(figures / f"{figure.name}.png", figure.png)
+            replace_file(figures / f"{figure.name}.png", figure.png)
+    replace_file(path, page(title, note, sections).encode("utf-8"))
     return path
 
 
@@ -199,13 +201,3 @@ def _subject(model: Any, tokenizer: Any, adaptations: Sequence[AdaptReport]) -> 
     known = dict(getattr(getattr(model, "runtime", None), "profiles", {}))
     first = {CALIBRATION: known.pop(CALIBRATION)} if CALIBRATION in known else {}
     return Subject(type(model).__name__, report, report.analysis, first | known, tuple(adaptations), tokenizer)
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Writes a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
@@ -25,6 +26,10 @@ OWN_FOLDERS = {
 """Where lm-eval defines the tasks of `FORMATS`: reading these few folders takes much less time than all its tasks."""
 
 
+_NAMING = re.compile(r"^\s*(?:(?:- *)?(?:task|group|tag) *:|-)(.*)$", re.MULTILINE)
+_WORD = re.compile(r"[^\s'\",\[\]{}]+")
+
+
 def lm_eval(module: str = "") -> Any:
     """A module of lm-eval.
 
@@ -38,6 +43,31 @@ def lm_eval(module: str = "") -> Any:
             f"`zero_shot` needs the library lm-eval, but there is no module {error.name!r}: "
             "pip install 'moe-compiler[eval]'"
         ) from error
+
+
+def check_tasks(tasks: Sequence[str]) -> None:
+    """Refuses names that nothing in lm-eval has, before anything that takes long.
+
+    To know all of its names lm-eval parses 14,000 files, which takes it a minute. Here their lines are searched for
+    words that may be names, in a second; a word that is none after all is refused by `load_tasks`.
+
+    Args:
+        tasks: names of tasks, groups or tags.
+
+    Raises:
+        RuntimeError: lm-eval is not installed.
+        ValueError: there is no such name.
+    """
+    root = Path(lm_eval().__file__).parent / "tasks"
+    if set(tasks) <= OWN_FOLDERS.keys():
+        return
+    words = set(FORMATS)
+    for path in root.rglob("*.yaml"):
+        for line in _NAMING.findall(path.read_text(encoding="utf-8")):
+            words.update(_WORD.findall(line))
+    for task in tasks:
+        if task not in words:
+            raise _unknown(task, words)
 
 
 def read_documents(
@@ -84,8 +114,7 @@ def load_tasks(
     known = manager.all_tasks
     for task in tasks:
         if task not in known:
-            near = get_close_matches(task, known, n=3)
-            raise ValueError(f"`tasks` must be tasks of lm-eval, but there is no {task!r}; near: {', '.join(near)}")
+            raise _unknown(task, known)
     loaded: dict[str, Any] = {}
     for task in tasks:
         if task in documents:
@@ -99,15 +128,22 @@ def load_tasks(
         try:
             loaded |= manager.load([spec])["tasks"]
         except (OSError, HfHubHTTPError, datasets.exceptions.DatasetsError) as error:
+            which = "" if task in FORMATS else f", which can be done for {', '.join(FORMATS)}"
             raise FileNotFoundError(
                 f"`tasks` has {task!r}, whose documents are neither in the cache {datasets.config.HF_DATASETS_CACHE} "
-                f"nor to be had from the hub: {str(error).rstrip('.')}. Without the hub, give local files as `data`"
-                + ("" if task in FORMATS else f", which can be done for {', '.join(FORMATS)}")
+                f"nor to be had from the hub: {str(error).rstrip('.')}. "
+                f"Without the hub, give local files as `data` (on the command line as `--task-data`){which}"
             ) from error
     for task in loaded.values():
         task.set_config(key="num_fewshot", value=num_fewshot)
         task.set_fewshot_seed(seed=seed)
     return loaded
+
+
+def _unknown(task: str, known: Iterable[str]) -> ValueError:
+    near = get_close_matches(task, sorted(known), n=3)
+    hint = f"; near: {', '.join(near)}" if near else ""
+    return ValueError(f"`tasks` must be tasks of lm-eval, but there is no {task!r}{hint}")
 
 
 def _manager(tasks: Sequence[str]) -> Any:
