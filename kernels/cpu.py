@@ -6,13 +6,13 @@ On the CPU, packed experts of real size take the compiled kernels of `moe_compil
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_compiler.kernels import cpu_packed
+from moe_compiler.kernels import cpu_native, cpu_packed
 from moe_compiler.kernels.activation import gated
 from moe_compiler.kernels.cpu_compile import CompilerUnavailableError
 from moe_compiler.kernels.packed import PackedTensors
@@ -77,12 +77,57 @@ def packed_experts(
             return cpu_packed.packed_experts(
                 x, top_k_index, top_k_weights, first, gate_up_bias, second, down_bias, activation, group_size
             )
+    return experts_by_linears(
+        packed_expert_linear, x, top_k_index, top_k_weights, gate_up, gate_up_bias, down, down_bias, activation,
+        group_size,
+    )[0]  # fmt: skip
+
+
+def packed_experts_hidden(
+    x: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    gate_up: Sequence[Tensor],
+    gate_up_bias: Tensor | None,
+    down: Sequence[Tensor],
+    down_bias: Tensor | None,
+    activation: str,
+    group_size: int,
+) -> tuple[Tensor, Tensor]:
+    """`packed_experts`, and the hidden states on the way; arguments as in `moe_compiler.kernels.ops`."""
+    first, second = PackedTensors(*gate_up), PackedTensors(*down)
+    if cpu_packed.has_kernels(x, first, group_size):
+        hidden = x.new_zeros(top_k_index.numel(), first.out_features // 2)
+        with contextlib.suppress(CompilerUnavailableError):
+            out = cpu_packed.packed_experts(
+                x, top_k_index, top_k_weights, first, gate_up_bias, second, down_bias, activation, group_size, hidden
+            )
+            return out, hidden
+    return experts_by_linears(
+        packed_expert_linear, x, top_k_index, top_k_weights, gate_up, gate_up_bias, down, down_bias, activation,
+        group_size,
+    )  # fmt: skip
+
+
+def experts_by_linears(
+    linear: Callable[[Tensor, Tensor, Sequence[Tensor], Tensor | None, int], Tensor],
+    x: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    gate_up: Sequence[Tensor],
+    gate_up_bias: Tensor | None,
+    down: Sequence[Tensor],
+    down_bias: Tensor | None,
+    activation: str,
+    group_size: int,
+) -> tuple[Tensor, Tensor]:
+    """`packed_experts_hidden` by two calls of `linear`, a `packed_expert_linear`, and PyTorch on any device."""
     expert_ids = top_k_index.reshape(-1)
-    hidden = gated(packed_expert_linear(x, expert_ids, gate_up, gate_up_bias, group_size), activation)
-    rows = packed_expert_linear(hidden, expert_ids, down, down_bias, group_size)
+    hidden = gated(linear(x, expert_ids, gate_up, gate_up_bias, group_size), activation)
+    rows = linear(hidden, expert_ids, down, down_bias, group_size)
     wide = torch.promote_types(x.dtype, torch.float32)
     weighted = rows.to(wide) * top_k_weights.reshape(-1, 1).to(wide)
-    return weighted.view(*top_k_index.shape, x.shape[1]).sum(dim=1).to(x.dtype)
+    return weighted.view(*top_k_index.shape, x.shape[1]).sum(dim=1).to(x.dtype), hidden
 
 
 def dequantize(packed: PackedTensors, expert: int, in_features: int, group_size: int) -> Tensor:
@@ -113,14 +158,20 @@ def observe_experts_(
     """Adds the statistics of one linear's inputs to its accumulators; as in `moe_compiler.kernels.ops`."""
     repeat = rows_per_input(x, expert_ids)
     token_repeat = rows_per_input(token_weight, expert_ids)
+    mass = token_weight.double().repeat_interleave(token_repeat)[: expert_ids.shape[0]] * gate.double()
+    first, second = mass.float(), (mass * gate.double()).float()
+    native = cpu_native.can_observe(x)
+    if native:
+        cpu_native.observe(x, expert_ids, first, second, abs_sum, sq_sum)
+    if native and not hessian.numel():
+        return
     for expert, rows in rows_by_expert(expert_ids, abs_sum.shape[0]):
         values = x[rows // repeat].float()
-        weight = token_weight[rows // token_repeat].double()
-        gates = gate[rows].double()
-        abs_sum[expert] += (weight * gates) @ values.abs().double()
-        sq_sum[expert] += (weight * gates.square()) @ values.square().double()
+        if not native:
+            abs_sum[expert] += first[rows] @ values.abs()
+            sq_sum[expert] += second[rows] @ values.square()
         if hessian.numel():
-            weighted = values * gates.float()[:, None]
+            weighted = values * gate[rows].float()[:, None]
             hessian[expert].addmm_(weighted.t(), weighted)
 
 

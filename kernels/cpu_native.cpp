@@ -7,6 +7,7 @@
 #include "cpu_native_activation.h"
 #include "cpu_native_dense.h"
 #include "cpu_native_many.h"
+#include "cpu_native_observe.h"
 
 namespace {
 
@@ -27,15 +28,28 @@ struct Bias {
     }
 };
 
-// The hidden state of one row, rounded to `dtype`, from its gate and up projections.
+// Hidden states that the caller wants as well, `(R, I)`, or none.
+struct Kept {
+    void* at;
+    Dtype dtype;
+    int64_t intermediate;
+
+    void keep(int64_t row, int64_t i, __mmask16 mask, __m512 values) const {
+        if (at) store(at, dtype, row * intermediate + i, mask, values);
+    }
+};
+
+// The hidden state of one row, rounded to `dtype`, from its gate and up projections; it is kept as row `row`.
 void gate(const float* gate_up, const Bias& bias, int64_t expert, int64_t intermediate, Activation activation,
-          Dtype dtype, float* out) {
+          Dtype dtype, float* out, const Kept& kept, int64_t row) {
     for (int64_t i = 0; i < intermediate; i += 16) {
         const __mmask16 mask = first_lanes(intermediate - i);
         const __m512 gate = bias.add(_mm512_maskz_loadu_ps(mask, gate_up + i), expert, i, mask);
         const int64_t at = intermediate + i;
         const __m512 up = bias.add(_mm512_maskz_loadu_ps(mask, gate_up + at), expert, at, mask);
-        _mm512_mask_storeu_ps(out + i, mask, rounded(_mm512_mul_ps(activated(gate, activation), up), dtype));
+        const __m512 hidden = rounded(_mm512_mul_ps(activated(gate, activation), up), dtype);
+        _mm512_mask_storeu_ps(out + i, mask, hidden);
+        kept.keep(row, i, mask, hidden);
     }
 }
 
@@ -72,18 +86,20 @@ extern "C" void packed_linear(const Linear* linear, const int64_t* ids, int64_t 
     }
 }
 
-// All experts of a layer: `out` `(T, H)` from `x` `(T, H)`, `ids` and `weights` `(T, k)`.
+// All experts of a layer: `out` `(T, H)` from `x` `(T, H)`, `ids` and `weights` `(T, k)`. `hidden_out`, if not null, is
+// given the hidden states `(R, I)` in the type of `x`, but for ids of `E` or more.
 extern "C" void packed_experts(const Linear* gate_up, const Linear* down, const int64_t* ids, const float* weights,
                                int64_t tokens, int64_t top_k, int64_t num_experts, const void* x, int64_t dtype,
                                const void* gate_up_bias, int64_t gate_up_bias_dtype, const void* down_bias,
-                               int64_t down_bias_dtype, int64_t activation, void* out, int64_t out_dtype,
-                               int64_t threads) {
+                               int64_t down_bias_dtype, int64_t activation, void* hidden_out, void* out,
+                               int64_t out_dtype, int64_t threads) {
     const Plan plan(ids, tokens * top_k, num_experts);
     const int64_t hidden_size = gate_up->in_features, intermediate = down->in_features;
     const auto type = static_cast<Dtype>(dtype);
     const Numbers inputs{x, type};
     const Bias first_bias{{gate_up_bias, static_cast<Dtype>(gate_up_bias_dtype)}, 2 * intermediate};
     const Bias second_bias{{down_bias, static_cast<Dtype>(down_bias_dtype)}, hidden_size};
+    const Kept kept{hidden_out, type, intermediate};
     std::vector<int64_t> token, place;
     for (int64_t p = 0; p < plan.rows(); ++p) {
         token.push_back(plan.order[p] / top_k);
@@ -99,7 +115,7 @@ extern "C" void packed_experts(const Linear* gate_up, const Linear* down, const 
 #pragma omp for schedule(static)
         for (int64_t p = 0; p < plan.rows(); ++p) {
             gate(first.row(p), first_bias, ids[plan.order[p]], intermediate, static_cast<Activation>(activation), type,
-                 &hidden[p * intermediate]);
+                 &hidden[p * intermediate], kept, plan.order[p]);
         }
         second.prepare([&](int64_t p) { return Numbers{hidden.get() + p * intermediate, Dtype::float32}; });
         second.multiply();
@@ -126,17 +142,19 @@ extern "C" void packed_experts(const Linear* gate_up, const Linear* down, const 
 extern "C" int64_t has_many() { return HAS_BFLOAT_TILES && may_use_tiles(); }
 
 // Adds experts with many rows to the layer's output `out` `(T, H)` float32. `blocks` `(B, 3)`: expert, and the first
-// and the number of its rows in `order`, whose entries are places in `weights` `(T, k)`. `x` `(T, H)` is bfloat16.
+// and the number of its rows in `order`, whose entries are places in `weights` `(T, k)`. `x` `(T, H)` is bfloat16, as
+// are the hidden states that `hidden_out` `(R, I)` is given, if it is not null.
 extern "C" void packed_experts_many(const Linear* gate_up, const Linear* down, const int64_t* blocks,
                                     int64_t num_blocks, const int64_t* order, const float* weights, int64_t top_k,
                                     const void* x, const void* gate_up_bias, int64_t gate_up_bias_dtype,
-                                    const void* down_bias, int64_t down_bias_dtype, int64_t activation, float* out,
-                                    int64_t threads) {
+                                    const void* down_bias, int64_t down_bias_dtype, int64_t activation,
+                                    void* hidden_out, float* out, int64_t threads) {
     constexpr int64_t ROWS = 2 * DenseProduct::BLOCK;
     const int64_t hidden_size = gate_up->in_features, intermediate = down->in_features;
     const Numbers inputs{x, Dtype::bfloat16};
     const Bias first_bias{{gate_up_bias, static_cast<Dtype>(gate_up_bias_dtype)}, 2 * intermediate};
     const Bias second_bias{{down_bias, static_cast<Dtype>(down_bias_dtype)}, hidden_size};
+    const Kept kept{hidden_out, Dtype::bfloat16, intermediate};
     for (const int64_t* block = blocks; block < blocks + 3 * num_blocks; block += 3) {
         const int64_t expert = block[0], count = block[2], *rows = order + block[1];
         DenseProduct first(*gate_up, expert, count), second(*down, expert, count);
@@ -154,7 +172,7 @@ extern "C" void packed_experts_many(const Linear* gate_up, const Linear* down, c
             for (int64_t b = 0; b < second.blocks(); ++b) {
                 for (int64_t r = b * DenseProduct::BLOCK; r < count && r < (b + 1) * DenseProduct::BLOCK; ++r)
                     gate(first.row(r), first_bias, expert, intermediate, static_cast<Activation>(activation),
-                         Dtype::bfloat16, &hidden[r * intermediate]);
+                         Dtype::bfloat16, &hidden[r * intermediate], kept, rows[r]);
                 second.prepare(b, [&](int64_t r) { return Numbers{&hidden[r * intermediate], Dtype::float32}; });
             }
 #pragma omp for schedule(dynamic)
@@ -175,14 +193,59 @@ extern "C" void packed_experts_many(const Linear* gate_up, const Linear* down, c
     }
 }
 
-// The weight of one expert with the pool's channels, not its directions, `(N, stride)` bfloat16; `stride` is a multiple
-// of 128, and what is past the input features has no meaning.
-extern "C" void dequantize(const Linear* linear, int64_t expert, uint16_t* out, int64_t stride, int64_t threads) {
-    const Linear& w = *linear;
-    constexpr int64_t ROWS = 32;
+namespace {
+
+template <typename T>
+void dequantize_to(const Linear& w, int64_t expert, T* out, int64_t stride, int64_t threads) {
+    constexpr int64_t ROWS = 16;
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t first = 0; first < w.out_features; first += ROWS) {
         const int64_t last = first + ROWS < w.out_features ? first + ROWS : w.out_features;
         with_planes(w.num_planes(expert), [&](auto planes) { dense<planes>(w, expert, first, last, out, stride); });
+    }
+}
+
+}  // namespace
+
+// The weight of one expert with the pool's channels, not its directions, `(N, stride)` bfloat16 or float32; `stride` is
+// a multiple of 128, and what is past the input features has no meaning.
+extern "C" void dequantize(const Linear* linear, int64_t expert, void* out, int64_t dtype, int64_t stride,
+                           int64_t threads) {
+    if (static_cast<Dtype>(dtype) == Dtype::bfloat16)
+        dequantize_to(*linear, expert, static_cast<uint16_t*>(out), stride, threads);
+    else
+        dequantize_to(*linear, expert, static_cast<float*>(out), stride, threads);
+}
+
+// What an original weight `(N, stride)` exceeds that of one expert by, all of it bfloat16; as `dequantize`.
+extern "C" void subtract_weight(const Linear* linear, int64_t expert, const uint16_t* original, uint16_t* out,
+                                int64_t stride, int64_t threads) {
+    const Linear& w = *linear;
+    constexpr int64_t ROWS = 16;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t first = 0; first < w.out_features; first += ROWS) {
+        const int64_t last = first + ROWS < w.out_features ? first + ROWS : w.out_features;
+        with_planes(w.num_planes(expert), [&](auto planes) { dense<planes>(w, expert, first, last, out, stride); });
+        const Numbers left{original, Dtype::bfloat16}, base{out, Dtype::bfloat16};
+        for (int64_t i = first * stride; i < last * stride; i += 16)
+            store(out, Dtype::bfloat16, i, 0xFFFF, _mm512_sub_ps(left.load(i, 0xFFFF), base.load(i, 0xFFFF)));
+    }
+}
+
+// Adds to `absolute` and `square` `(E, K)` what `add_rows` does. `x` is `(R / repeat, K)`, of which row `r` reads row
+// `r / repeat`; `order` holds the rows of expert 0, 1, ..., those of expert `e` from `starts[e]` up to `starts[e + 1]`,
+// and `first` and `second` are in that order.
+extern "C" void observe(const void* x, int64_t dtype, int64_t channels, int64_t repeat, const int64_t* order,
+                        const int64_t* starts, int64_t num_experts, const float* first, const float* second,
+                        double* absolute, double* square, int64_t threads) {
+    constexpr int64_t PART = 128;
+    const Numbers inputs{x, static_cast<Dtype>(dtype)};
+    const int64_t parts = (channels + PART - 1) / PART;
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+    for (int64_t task = 0; task < num_experts * parts; ++task) {
+        const int64_t expert = task / parts, start = starts[expert];
+        const auto row = [&](int64_t r) { return inputs.from(order[start + r] / repeat * channels); };
+        add_rows(starts[expert + 1] - start, row, first + start, second + start, task % parts * PART, channels,
+                 absolute + expert * channels, square + expert * channels);
     }
 }

@@ -61,13 +61,17 @@ _ARGUMENTS = {
     ),
     "packed_experts": (
         _LINEAR, _LINEAR, _POINTER, _POINTER, _INT, _INT, _INT, _POINTER, _INT, _POINTER, _INT, _POINTER, _INT, _INT,
-        _POINTER, _INT, _INT,
+        _POINTER, _POINTER, _INT, _INT,
     ),
     "packed_experts_many": (
         _LINEAR, _LINEAR, _POINTER, _INT, _POINTER, _POINTER, _INT, _POINTER, _POINTER, _INT, _POINTER, _INT, _INT,
-        _POINTER, _INT,
+        _POINTER, _POINTER, _INT,
     ),
-    "dequantize": (_LINEAR, _INT, _POINTER, _INT, _INT),
+    "dequantize": (_LINEAR, _INT, _POINTER, _INT, _INT, _INT),
+    "subtract_weight": (_LINEAR, _INT, _POINTER, _POINTER, _INT, _INT),
+    "observe": (
+        _POINTER, _INT, _INT, _INT, _POINTER, _POINTER, _INT, _POINTER, _POINTER, _POINTER, _POINTER, _INT,
+    ),
 }  # fmt: skip
 
 
@@ -156,8 +160,11 @@ def experts(
     activation: str,
     group_size: int,
     dtype: torch.dtype,
+    hidden: Tensor | None = None,
 ) -> Tensor:
     """All experts of a layer over packed weights; arguments as in `moe_compiler.kernels.ops`.
+
+    `hidden`, `(R, I)` in the dtype of `x`, is where hidden states are put, but those of ids of `E` or more.
 
     Returns:
         `(T, H)` of `dtype`.
@@ -171,7 +178,7 @@ def experts(
     _loaded().packed_experts(
         first, second, ids.data_ptr(), weights.data_ptr(), *ids.shape, gate_up.num_experts, x.data_ptr(),
         _DTYPES.index(x.dtype), first_bias, first_dtype, second_bias, second_dtype, ACTIVATIONS.index(activation),
-        out.data_ptr(), _DTYPES.index(dtype), torch.get_num_threads(),
+        None if hidden is None else hidden.data_ptr(), out.data_ptr(), _DTYPES.index(dtype), torch.get_num_threads(),
     )  # fmt: skip
     del kept_first, kept_second, kept_first_bias, kept_second_bias
     return out
@@ -193,6 +200,7 @@ def add_experts(
     down_bias: Tensor | None,
     activation: str,
     group_size: int,
+    hidden: Tensor | None = None,
 ) -> None:
     """Adds experts with many rows to the output of a layer, one after the other.
 
@@ -207,6 +215,7 @@ def add_experts(
         down_bias: `(E, H)`.
         activation: one of `ACTIVATIONS`.
         group_size: input channels of one scale, a multiple of 128.
+        hidden: `(R, I)` bfloat16, where these experts' hidden states are put.
     """
     x, weights = x.contiguous(), top_k_weights.float().contiguous()
     first, kept_first = _describe(gate_up, x.shape[1], group_size)
@@ -222,24 +231,76 @@ def add_experts(
     _loaded().packed_experts_many(
         first, second, blocks.data_ptr(), len(many), order.data_ptr(), weights.data_ptr(), weights.shape[1],
         x.data_ptr(), first_bias, first_dtype, second_bias, second_dtype, ACTIVATIONS.index(activation),
-        out.data_ptr(), torch.get_num_threads(),
+        None if hidden is None else hidden.data_ptr(), out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     del kept_first, kept_second, kept_first_bias, kept_second_bias
 
 
-def dequantize(packed: PackedTensors, expert: int, in_features: int, group_size: int) -> Tensor:
+def dequantize(
+    packed: PackedTensors, expert: int, in_features: int, group_size: int, dtype: torch.dtype = torch.bfloat16
+) -> Tensor:
     """The weight of one expert with the pool's channels, without its directions.
 
     Returns:
-        `(N, K')` bfloat16 with `K'` up to the next multiple of 128. Columns past `in_features` have no meaning but are
-        finite.
+        `(N, K')` bfloat16, or float32 for any other `dtype`, with `K'` up to the next multiple of 128. Columns past
+        `in_features` have no meaning but are finite.
     """
     linear, kept = _describe(packed, in_features, group_size)
     stride = -(-in_features // TILE) * TILE
-    out = torch.empty(packed.out_features, stride, dtype=torch.bfloat16)
-    _loaded().dequantize(linear, expert, out.data_ptr(), stride, torch.get_num_threads())
+    out = torch.empty(packed.out_features, stride, dtype=torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
+    _loaded().dequantize(linear, expert, out.data_ptr(), _DTYPES.index(out.dtype), stride, torch.get_num_threads())
     del kept
     return out
+
+
+def subtract_weight(original: Tensor, packed: PackedTensors, expert: int, group_size: int) -> Tensor:
+    """What an original weight exceeds that of one expert by, which is `dequantize`'s.
+
+    Args:
+        original: `(N, K)` bfloat16 with `K` a multiple of 128.
+        packed: the linear.
+        expert: which expert.
+        group_size: input channels of one scale, a multiple of 128.
+
+    Returns:
+        `(N, K)` bfloat16.
+    """
+    original = original.contiguous()
+    linear, kept = _describe(packed, original.shape[1], group_size)
+    out = torch.empty_like(original)
+    _loaded().subtract_weight(
+        linear, expert, original.data_ptr(), out.data_ptr(), original.shape[1], torch.get_num_threads()
+    )
+    del kept
+    return out
+
+
+def can_observe(x: Tensor) -> bool:
+    """Whether `observe` can take these inputs."""
+    return x.device.type == "cpu" and x.dtype in _DTYPES and library() is not None
+
+
+def observe(x: Tensor, expert_ids: Tensor, first: Tensor, second: Tensor, abs_sum: Tensor, sq_sum: Tensor) -> None:
+    """Adds `Σ_r first[r] · |x_r|` and `Σ_r second[r] · x_r²` over each expert's rows to sums.
+
+    Args:
+        x: `(T, K)` or `(R, K)`.
+        expert_ids: `(R,)` int64; ids of `E` or more are in no sum.
+        first: `(R,)` float32.
+        second: `(R,)` float32.
+        abs_sum: `(E, K)` float64, contiguous.
+        sq_sum: `(E, K)` float64, contiguous.
+    """
+    x, experts = x.contiguous(), abs_sum.shape[0]
+    order = torch.argsort(expert_ids, stable=True)
+    starts = torch.zeros(experts + 1, dtype=torch.int64)
+    torch.cumsum(torch.bincount(expert_ids, minlength=experts)[:experts], dim=0, out=starts[1:])
+    first, second = first[order], second[order]
+    _loaded().observe(
+        x.data_ptr(), _DTYPES.index(x.dtype), x.shape[1], rows_per_input(x, expert_ids), order.data_ptr(),
+        starts.data_ptr(), experts, first.data_ptr(), second.data_ptr(), abs_sum.data_ptr(), sq_sum.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
 
 
 def _loaded() -> ctypes.CDLL:

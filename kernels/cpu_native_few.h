@@ -7,10 +7,9 @@
 // Rows `first` up to `last` of one expert's weight, and the rows of `x` that take this expert.
 struct Task {
     int64_t expert, first, last, count;
-    const int64_t* inputs;      // which rows of `Input`
-    const int8_t* columns;      // those rows for the tile registers, or null where vectors are to multiply
-    const float* const* slots;  // what the pool's slots take from each
-    float* const* out;          // where the result's row begins for each
+    const int64_t* inputs;  // which rows of `Input`
+    const int8_t* columns;  // those rows for the tile registers, or null where vectors are to multiply
+    float* const* out;      // where the result's row begins for each
 };
 
 // Memory of one thread.
@@ -98,14 +97,6 @@ inline void multiply_tile(const Linear& w, const Task& task, const Input& input,
     }
 }
 
-// Fetches the share of the pool's slots that is due at a tile of channels.
-inline void fetch_slots(const Linear& w, const Task& task, int64_t tile) {
-    const int64_t begin = w.first_slot(task.expert), slots = w.slots(task.expert), tiles = w.tiles();
-    for (int64_t s = begin + slots * tile / tiles; s < begin + slots * (tile + 1) / tiles; ++s)
-        for (int64_t row = task.first; row < task.last; row += 64)
-            _mm_prefetch(reinterpret_cast<const char*>(w.pool_value + s * w.out_features + row), _MM_HINT_T0);
-}
-
 // Adds the products of all channels to the sums, by vectors of bytes.
 template <int P>
 void multiply_vectors(const Linear& w, const Task& task, const Input& input, const Scratch& scratch) {
@@ -114,10 +105,8 @@ void multiply_vectors(const Linear& w, const Task& task, const Input& input, con
     const int8_t* limbs[MAX_ROWS];
     for (int64_t m = 0; m < task.count; ++m) limbs[m] = input.limbs + task.inputs[m] * tiles * Input::TILE_BYTES;
     for (int64_t tile = 0; tile < tiles; ++tile) {
-        // Every tile is another run of memory: it is fetched while the one before is in work, and so are the pool's
-        // slots.
+        // Every tile is another run of memory: it is fetched while the one before is in work.
         const int16_t* next = planes + (tile + 1 < tiles ? (tile + 1) * P * rows : CHUNK) * HALF_WORDS;
-        fetch_slots(w, task, tile);
         const auto fetch = [&](int64_t row) {
             for (int plane = 0; plane < P; ++plane)
                 _mm_prefetch(reinterpret_cast<const char*>(next + (plane * rows + row) * HALF_WORDS), _MM_HINT_T0);
@@ -151,22 +140,19 @@ inline __m512 add_lanes(const __m512* pairs) {
     return _mm512_permutexvar_ps(order, sums);
 }
 
-// Writes the rows of the result: the sums in the input's unit, and the pool.
+// Writes the rows of the result: the sums in the input's unit, and what the pool has put there.
 inline void finish(const Linear& w, const Task& task, const Input& input, const Scratch& scratch) {
-    const int64_t begin = w.first_slot(task.expert), end = begin + w.slots(task.expert);
+    const bool has_slots = w.slots(task.expert) > 0;
     for (int64_t row = task.first; row < task.last; row += 16) {
         const __mmask16 mask = first_lanes(task.last - row);
         for (int64_t m = 0; m < task.count; ++m) {
             __m512 pairs[8];
             for (int i = 0; i < 8; ++i)
                 pairs[i] = _mm512_load_ps(scratch.total + (((row - task.first) / 2 + i) * task.count + m) * 16);
-            __m512 value = _mm512_mul_ps(add_lanes(pairs), _mm512_set1_ps(input.unit[task.inputs[m]]));
-            for (int64_t slot = begin; slot < end; ++slot) {
-                const __m128i column = _mm_maskz_loadu_epi8(mask, w.pool_value + slot * w.out_features + row);
-                const __m512 factor = _mm512_set1_ps(task.slots[m][slot - begin]);
-                value = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(column)), factor, value);
-            }
-            _mm512_mask_storeu_ps(task.out[m] + row, mask, value);
+            float* out = task.out[m] + row;
+            const __m512 pool = has_slots ? _mm512_maskz_loadu_ps(mask, out) : _mm512_setzero_ps();
+            const __m512 unit = _mm512_set1_ps(input.unit[task.inputs[m]]);
+            _mm512_mask_storeu_ps(out, mask, _mm512_fmadd_ps(add_lanes(pairs), unit, pool));
         }
     }
 }

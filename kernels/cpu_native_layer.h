@@ -97,17 +97,24 @@ public:
         if (size) columns = allocate<int8_t>(size);
     }
 
-    // The inputs' rows as integers, and what pools read of them: `x(r)` is row `r`.
+    // The inputs' rows as integers, and the pools' share of the results: `x(r)` is row `r`.
     template <typename Rows>
     void prepare(const Rows& x) {
 #pragma omp for schedule(static) nowait
         for (int64_t r = 0; r < num_inputs; ++r) prepare_row(x(r), w, r, input());
-#pragma omp for schedule(static)
-        for (int64_t block = 0; block < static_cast<int64_t>(plan.blocks.size()); ++block)
-            for (int64_t m = 0; m < plan.blocks[block].rows; ++m) {
-                const int64_t p = plan.blocks[block].first + m;
-                prepare_slots(x(source[p]), w, plan.blocks[block].expert, &slots[slot_begin[p]]);
+#pragma omp for schedule(dynamic)
+        for (int64_t number = 0; number < static_cast<int64_t>(plan.blocks.size()); ++number) {
+            const Block& block = plan.blocks[number];
+            const float* read[MAX_ROWS];
+            float* target[MAX_ROWS];
+            for (int64_t m = 0; m < block.rows; ++m) {
+                const int64_t p = block.first + m;
+                prepare_slots(x(source[p]), w, block.expert, &slots[slot_begin[p]]);
+                read[m] = &slots[slot_begin[p]];
+                target[m] = row(p);
             }
+            start_results(w, block.expert, block.rows, read, target);
+        }
         if (!columns) return;
 #pragma omp for schedule(static)
         for (int64_t block = 0; block < static_cast<int64_t>(plan.blocks.size()); ++block)
@@ -127,12 +134,8 @@ public:
         for (const Block& block : plan.blocks) {
             const int64_t begin = column_begin[&block - plan.blocks.data()];
             const int8_t* own_columns = begin >= 0 ? &columns[begin] : nullptr;
-            const float* row_slots[MAX_ROWS];
             float* target[MAX_ROWS];
-            for (int64_t m = 0; m < block.rows; ++m) {
-                row_slots[m] = &slots[slot_begin[block.first + m]];
-                target[m] = row(block.first + m);
-            }
+            for (int64_t m = 0; m < block.rows; ++m) target[m] = row(block.first + m);
             for (int64_t chunk = 0; chunk < chunks(); ++chunk, before += cost(block)) {
                 if (before * team / work != thread) continue;
                 const int64_t first = chunk * CHUNK, end = first + CHUNK;
@@ -142,7 +145,6 @@ public:
                                 block.rows,
                                 &source[block.first],
                                 own_columns,
-                                row_slots,
                                 target};
                 with_planes(w.num_planes(block.expert), [&](auto planes) {
                     start<planes>(w, task, input(), scratch);

@@ -80,7 +80,6 @@ void multiply_tiles(const Linear& w, const Task& task, const Scratch& scratch) {
     std::memset(sums, 0, sizeof(float) * CHUNK * B * 16);
     const auto unpack = [&](int64_t step) {
         const int64_t tile = step / blocks, begin = task.first + step % blocks * ROWS;
-        if (step % blocks == 0) fetch_slots(w, task, tile);
         for (int64_t row = begin; row < begin + ROWS && row < task.last; row += 2) {
             const Codes<P> both = load_codes<P>(planes, tile, row, rows, row + 1 == rows);
             for (int field = 0; field < FIELDS; ++field) {

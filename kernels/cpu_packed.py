@@ -138,8 +138,11 @@ def packed_experts(
     down_bias: Tensor | None,
     activation: str,
     group_size: int,
+    hidden: Tensor | None = None,
 ) -> Tensor:
     """All experts of a layer over packed weights; arguments as in `moe_compiler.kernels.ops`.
+
+    `hidden`, `(R, I)` in the dtype of `x`, contiguous, is where hidden states are put, but those of ids of `E` or more.
 
     Raises:
         CompilerUnavailableError: a kernel could not be compiled.
@@ -153,13 +156,13 @@ def packed_experts(
         few, many = split_rows(expert_ids, gate_up.num_experts)
         out = cpu_native.experts(
             x, few.view(-1, top_k), top_k_weights, gate_up, gate_up_bias, down, down_bias, activation, group_size,
-            torch.float32 if many else x.dtype,
+            torch.float32 if many else x.dtype, hidden,
         )  # fmt: skip
         if not many:
             return out
         if cpu_native.serves_many(x, group_size):
             cpu_native.add_experts(
-                out, many, x, top_k_weights, gate_up, gate_up_bias, down, down_bias, activation, group_size
+                out, many, x, top_k_weights, gate_up, gate_up_bias, down, down_bias, activation, group_size, hidden
             )
             return out.to(x.dtype)
         weights = top_k_weights.reshape(-1, 1).float()
@@ -170,13 +173,17 @@ def packed_experts(
         out = torch.zeros(x.shape, dtype=torch.float32)
         if plan.blocks:
             rows = plan.rows[plan.once]
-            hidden = _few(gate_up, plan.blocks, x[plan.rows // top_k], gate_up_bias, group_size)
-            hidden = gated(hidden, activation).to(x.dtype)
-            result = _few(down, plan.blocks, hidden, down_bias, group_size)
+            gate_and_up = _few(gate_up, plan.blocks, x[plan.rows // top_k], gate_up_bias, group_size)
+            states = gated(gate_and_up, activation).to(x.dtype)
+            if hidden is not None:
+                hidden[rows] = states[plan.once]
+            result = _few(down, plan.blocks, states, down_bias, group_size)
             out.index_add_(0, rows // top_k, result[plan.once] * weights[rows])
     for expert, rows in many:
-        hidden = gated(_many(gate_up, expert, x[rows // top_k], gate_up_bias, group_size), activation)
-        result = _many(down, expert, hidden, down_bias, group_size)
+        states = gated(_many(gate_up, expert, x[rows // top_k], gate_up_bias, group_size), activation)
+        if hidden is not None:
+            hidden[rows] = states.to(x.dtype)
+        result = _many(down, expert, states, down_bias, group_size)
         out.index_add_(0, rows // top_k, result * weights[rows])
     return out.to(x.dtype)
 
@@ -213,8 +220,8 @@ def _many(packed: PackedTensors, expert: int, x: Tensor, bias: Tensor | None, gr
         x = x.float()
     first, last = packed.pool_offset[expert : expert + 2].tolist()
     slots = torch.arange(first, max(first, last))
-    if x.dtype == torch.bfloat16 and cpu_native.serves(x, group_size):
-        weight = cpu_native.dequantize(packed, expert, x.shape[1], group_size)
+    if cpu_native.serves(x, group_size):
+        weight = cpu_native.dequantize(packed, expert, x.shape[1], group_size, x.dtype)
         out = F.linear(F.pad(x, (0, weight.shape[1] - x.shape[1])), weight)
         slots = slots[packed.pool_index[slots] >= x.shape[1]]
     else:

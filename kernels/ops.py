@@ -19,6 +19,10 @@ each give `R = T·k` rows in token order. An id of `E` or more marks a pair that
     one `(H, I)`; `activation` is one of `moe_compiler.kernels.activation.ACTIVATIONS`. Sums are float32, the
     intermediate is rounded to the dtype of `x`.
 
+`packed_experts_hidden(x, top_k_index, ...) -> ((T, H), (R, I))`
+    `packed_experts` and its intermediate, `act(gate(x)) · up(x)` of every row: what an observer of the second linear
+    needs.
+
 `observe_experts_(x, expert_ids, gate, token_weight, abs_sum, sq_sum, hessian) -> ()`
     The observer: adds to `abs_sum` and `sq_sum` `(E, K)` float64 and, unless it is empty, `hessian` `(E, K, K)`
     float32 what `moe_compiler.passes.statistics` defines. `gate` is `(R,)`; `token_weight` is `(T,)`, or `(1,)` for
@@ -71,6 +75,10 @@ _LIBRARY.define(
     "Tensor[] down, Tensor? down_bias, str activation, int group_size) -> Tensor"
 )
 _LIBRARY.define(
+    "packed_experts_hidden(Tensor x, Tensor top_k_index, Tensor top_k_weights, Tensor[] gate_up, "
+    "Tensor? gate_up_bias, Tensor[] down, Tensor? down_bias, str activation, int group_size) -> (Tensor, Tensor)"
+)
+_LIBRARY.define(
     "observe_experts_(Tensor x, Tensor expert_ids, Tensor gate, Tensor token_weight, "
     "Tensor(a!) abs_sum, Tensor(b!) sq_sum, Tensor(c!) hessian) -> ()"
 )
@@ -107,10 +115,16 @@ def _packed_experts_cuda(*args: Any) -> Tensor:
     return out
 
 
+def _packed_experts_hidden_cuda(*args: Any) -> tuple[Tensor, Tensor]:
+    return cpu.experts_by_linears(_packed_expert_linear_cuda, *args)
+
+
 _LIBRARY.impl("packed_expert_linear", cpu.packed_expert_linear, "CPU")
 _LIBRARY.impl("packed_expert_linear", _packed_expert_linear_cuda, "CUDA")
 _LIBRARY.impl("packed_experts", cpu.packed_experts, "CPU")
 _LIBRARY.impl("packed_experts", _packed_experts_cuda, "CUDA")
+_LIBRARY.impl("packed_experts_hidden", cpu.packed_experts_hidden, "CPU")
+_LIBRARY.impl("packed_experts_hidden", _packed_experts_hidden_cuda, "CUDA")
 for _device in ("CPU", "CUDA"):
     _LIBRARY.impl("expert_linear", cpu.expert_linear, _device)
     _LIBRARY.impl("observe_experts_", cpu.observe_experts_, _device)
@@ -157,6 +171,22 @@ def _packed_experts_fake(
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
+def _packed_experts_hidden_fake(
+    x: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    gate_up: list[Tensor],
+    gate_up_bias: Tensor | None,
+    down: list[Tensor],
+    down_bias: Tensor | None,
+    activation: str,
+    group_size: int,
+) -> tuple[Tensor, Tensor]:
+    _check_device(x, gate_up[0])
+    hidden = x.new_empty(top_k_index.numel(), PackedTensors(*gate_up).out_features // 2)
+    return torch.empty_like(x, memory_format=torch.contiguous_format), hidden
+
+
 def _observe_experts_fake(
     x: Tensor,
     expert_ids: Tensor,
@@ -201,6 +231,7 @@ def _end_forward_fake(marker: Tensor, after: Tensor, lock: int) -> None:
 torch.library.register_fake(f"{NAMESPACE}::expert_linear", _expert_linear_fake, lib=_LIBRARY)
 torch.library.register_fake(f"{NAMESPACE}::packed_expert_linear", _packed_expert_linear_fake, lib=_LIBRARY)
 torch.library.register_fake(f"{NAMESPACE}::packed_experts", _packed_experts_fake, lib=_LIBRARY)
+torch.library.register_fake(f"{NAMESPACE}::packed_experts_hidden", _packed_experts_hidden_fake, lib=_LIBRARY)
 torch.library.register_fake(f"{NAMESPACE}::observe_experts_", _observe_experts_fake, lib=_LIBRARY)
 torch.library.register_fake(f"{NAMESPACE}::observe_routing_", _observe_routing_fake, lib=_LIBRARY)
 torch.library.register_fake(f"{NAMESPACE}::observe_coactivation_", _observe_coactivation_fake, lib=_LIBRARY)
@@ -211,6 +242,7 @@ torch.library.register_fake(f"{NAMESPACE}::end_forward_", _end_forward_fake, lib
 expert_linear = torch.ops.moe_compiler.expert_linear.default
 packed_expert_linear = torch.ops.moe_compiler.packed_expert_linear.default
 packed_experts = torch.ops.moe_compiler.packed_experts.default
+packed_experts_hidden = torch.ops.moe_compiler.packed_experts_hidden.default
 observe_experts_ = torch.ops.moe_compiler.observe_experts_.default
 observe_routing_ = torch.ops.moe_compiler.observe_routing_.default
 observe_coactivation_ = torch.ops.moe_compiler.observe_coactivation_.default

@@ -67,23 +67,42 @@ def packed_experts_reference(
 
     In float64, but the intermediate is rounded to the dtype of `x`, as the operator stores it.
     """
-    features = PackedTensors(*gate_up).out_features // 2
+    return packed_experts_hidden_reference(
+        x, top_k_index, top_k_weights, gate_up, gate_up_bias, down, down_bias, activation, group_size
+    )[0]
+
+
+def packed_experts_hidden_reference(
+    x: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    gate_up: Sequence[Tensor],
+    gate_up_bias: Tensor | None,
+    down: Sequence[Tensor],
+    down_bias: Tensor | None,
+    activation: str,
+    group_size: int,
+) -> tuple[Tensor, Tensor]:
+    """`packed_experts_reference` with the intermediate `(R, I)`, of which another rank's rows are zero."""
+    features, top_k = PackedTensors(*gate_up).out_features // 2, top_k_index.shape[1]
     first = dequantize_reference(PackedTensors(*gate_up), x.shape[1], group_size)
     second = dequantize_reference(PackedTensors(*down), features, group_size)
     out = torch.zeros(x.shape, dtype=torch.float64)
-    for token in range(x.shape[0]):
-        for expert, weight in zip(top_k_index[token].tolist(), top_k_weights[token].tolist(), strict=True):
-            if expert >= first.shape[0]:
-                continue
-            hidden = first[expert] @ x[token].double()
-            if gate_up_bias is not None:
-                hidden += gate_up_bias[expert].double()
-            hidden = gated(hidden, activation).to(x.dtype).double()
-            result = second[expert] @ hidden
-            if down_bias is not None:
-                result += down_bias[expert].double()
-            out[token] += weight * result
-    return out.to(x.dtype)
+    states = x.new_zeros(top_k_index.numel(), features)
+    weights = top_k_weights.reshape(-1).tolist()
+    for row, expert in enumerate(top_k_index.reshape(-1).tolist()):
+        if expert >= first.shape[0]:
+            continue
+        token = row // top_k
+        hidden = first[expert] @ x[token].double()
+        if gate_up_bias is not None:
+            hidden += gate_up_bias[expert].double()
+        states[row] = gated(hidden, activation).to(x.dtype)
+        result = second[expert] @ states[row].double()
+        if down_bias is not None:
+            result += down_bias[expert].double()
+        out[token] += weights[row] * result
+    return out.to(x.dtype), states
 
 
 def dequantize_reference(packed: PackedTensors, in_features: int, group_size: int) -> Tensor:

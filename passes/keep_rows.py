@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
@@ -27,9 +29,13 @@ class RowRecorder(nn.Module):
 
     def moments(self) -> RowMoments:
         """The second moments of all rows so far, which are handed over: the recorder is empty afterwards."""
-        rows, expert_ids, gate = (torch.cat(parts) for parts in zip(*self.batches, strict=True))
+        rows, expert_ids, gate = (_joined(parts) for parts in zip(*self.batches, strict=True))
         self.batches.clear()
         return RowMoments(rows, expert_ids, gate, self.num_experts)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 class KeepRows(MoEPass):

@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+_PADDING, _LEAST_PADDED = 16, 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -17,7 +20,8 @@ class Gram:
     """The second moments `Q = factorᵀ·factor + diag(ridge)` of one expert's inputs, or `Q = factor + diag(ridge)`.
 
     Attributes:
-        factor: the input rows times their routing weights, `(n, K)` float32, or their Hessian `(K, K)`.
+        factor: the input rows times their routing weights, `(n, K)` float32, some of zeros at the end, or their Hessian
+            `(K, K)`.
         ridge: `(K,)` float32, what is added to the diagonal.
         is_hessian: whether `factor` is the Hessian.
     """
@@ -116,11 +120,20 @@ class RowMoments:
         return torch.bincount(self.expert_ids, minlength=self.num_experts)[: self.num_experts]
 
     def expert(self, expert: int, device: torch.device) -> Gram:
-        """The rows of one expert times their routing weights, or their Hessian where it is smaller."""
+        """The rows of one expert times their routing weights, or their Hessian where it is smaller.
+
+        Rows of zeros follow more than 64, up to a multiple of 16, so that the products of all experts have few shapes:
+        libraries compile a kernel for each.
+        """
         pairs = (self.expert_ids == expert).nonzero().squeeze(1)
-        rows = self.rows[pairs // (self.expert_ids.shape[0] // self.rows.shape[0])].to(device, torch.float32)
-        rows = rows * self.gate[pairs].to(device)[:, None]
+        count, gate = pairs.shape[0], self.gate[pairs]
+        if count > _LEAST_PADDED:
+            missing = -count % _PADDING
+            pairs, gate = torch.cat([pairs, pairs[-1:].expand(missing)]), F.pad(gate, (0, missing))
+        places = pairs // (self.expert_ids.shape[0] // self.rows.shape[0])
+        rows = self.rows.index_select(0, places).to(device, torch.float32)
+        rows.mul_(gate.to(device)[:, None])
         ridge = rows.new_zeros(rows.shape[1])
-        if rows.shape[0] > rows.shape[1]:
+        if count > rows.shape[1]:
             return Gram(rows.t() @ rows, ridge, is_hessian=True)
         return Gram(rows, ridge, is_hessian=False)

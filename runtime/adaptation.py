@@ -21,6 +21,7 @@ from moe_compiler.runtime.master import LinearMaster
 from moe_compiler.runtime.quality import expected_error, output_errors
 from moe_compiler.runtime.report import LayerChange, LinearChange, jensen_shannon, moved_slots
 from moe_compiler.runtime.rules import RULES, compensate, needs, recluster, restore
+from moe_compiler.runtime.sketch import OutputSketch
 
 __all__ = ["RULES", "RuntimeLayer", "check_rule", "choose_layer"]
 
@@ -113,11 +114,11 @@ def choose_layer(
     for linear, packed in layer.experts.all_packed().items():
         master = layer.masters[linear]
         sums = statistics.linears[linear]
-        seen, images = None, dict[int, Tensor]()
+        seen, sketches = None, dict[int, OutputSketch]()
         if needs(rule) == "hessian":
             seen = moments[linear] if moments is not None else _hessians(sums, statistics.count, rule)
         if rule == "lowrank" and seen is not None:
-            pool = lowrank(master, packed, seen, sums.sq_sum, images)
+            pool = lowrank(master, packed, seen, sketches)
         elif rule == "compensate" and seen is not None:
             pool = compensate(master, packed, sums.sq_sum, seen)
         elif rule == "restore":
@@ -125,7 +126,7 @@ def choose_layer(
         else:
             significance = channel_significance(sums, master.column_norm.double().to(sums.abs_sum.device))
             pool = recluster(master, packed, significance, plan.bits[linear], sums.sq_sum)
-        before, after = _errors(master, packed, (packed.pool, pool), sums.sq_sum, seen, images)
+        before, after = _errors(master, packed, (packed.pool, pool), sums.sq_sum, seen, sketches)
         pools[linear] = pool
         changes.append(
             LinearChange(
@@ -155,11 +156,11 @@ def _errors(
     pools: tuple[ChannelPool, ChannelPool],
     energy: Tensor,
     moments: SecondMoments | None,
-    images: Mapping[int, Tensor],
+    sketches: Mapping[int, OutputSketch],
 ) -> tuple[float, float]:
     """The error before and after: with correlations between channels where second moments are known."""
     if moments is not None:
-        before, after = output_errors(master, packed, pools, moments, energy, images)
+        before, after = output_errors(master, packed, pools, moments, energy, sketches)
     else:
         before, after = (expected_error(master, packed, pool, energy) for pool in pools)
     return before, after

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from moe_compiler.kernels import cpu_native
 from moe_compiler.kernels.experts import PackedExpertLinear
+from moe_compiler.kernels.packed import PackedTensors
 from moe_compiler.kernels.planes import ALIGNMENT, HALF_WORDS, TILE
 from moe_compiler.kernels.pool import ChannelPool
 from moe_compiler.passes.moments import RowMoments, SecondMoments
@@ -32,20 +33,31 @@ def weight_error(
     master: LinearMaster, packed: PackedExpertLinear, expert: int, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """`W − Ŵ` of one expert's base, `(N, K)` on the model's device."""
+    original = master.weight(expert)
+    exact_tiles = packed.in_features % TILE == 0
+    if exact_tiles and original.dtype == dtype and original.device.type == "cpu" and _is_native(packed, dtype):
+        return cpu_native.subtract_weight(original, _without_pool(packed), expert, packed.group_size)
     base = base_weight(packed, expert, dtype)
-    return torch.sub(master.weight(expert).to(base.device, dtype), base, out=base)
+    return torch.sub(original.to(base.device, dtype), base, out=base)
 
 
 def base_weight(packed: PackedExpertLinear, expert: int, dtype: torch.dtype) -> Tensor:
     """The base weight of one expert, without the channel pool, `(N, K)`."""
-    tensors = packed.tensors
-    on_cpu = packed.planes.device.type == "cpu"
-    if not (on_cpu and dtype == torch.bfloat16 and cpu_native.serves(torch.empty(0, dtype=dtype), packed.group_size)):
+    if not _is_native(packed, dtype):
         return packed.dequantize_expert(expert).to(dtype)
-    pool = ChannelPool.empty(packed.num_experts, 0, packed.out_features, packed.in_features)
-    bare = type(tensors)(*tensors[:4], *pool.tensors().values())
-    weight = cpu_native.dequantize(bare, expert, packed.in_features, packed.group_size)
+    weight = cpu_native.dequantize(_without_pool(packed), expert, packed.in_features, packed.group_size)
     return weight[:, : packed.in_features].contiguous()
+
+
+def _is_native(packed: PackedExpertLinear, dtype: torch.dtype) -> bool:
+    """Whether native code dequantizes to this dtype."""
+    on_cpu = packed.planes.device.type == "cpu"
+    return on_cpu and dtype == torch.bfloat16 and cpu_native.serves(torch.empty(0, dtype=dtype), packed.group_size)
+
+
+def _without_pool(packed: PackedExpertLinear) -> PackedTensors:
+    pool = ChannelPool.empty(packed.num_experts, 0, packed.out_features, packed.in_features)
+    return PackedTensors(*packed.tensors[:4], *pool.tensors().values())
 
 
 def base_columns(packed: PackedExpertLinear, places: Tensor) -> Tensor:

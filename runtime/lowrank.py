@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -14,22 +15,31 @@ from moe_compiler.passes.moments import Gram, SecondMoments
 from moe_compiler.runtime.errors import precision, weight_error
 from moe_compiler.runtime.master import LinearMaster
 from moe_compiler.runtime.rules import checked_moments
+from moe_compiler.runtime.sketch import OutputSketch, expected_outputs, sketch
 
 EXACT_ROWS = 128
-"""Up to so many output features the singular vectors are computed exactly, above by subspace iteration."""
+"""Up to so many rows or output features the singular vectors are computed exactly, above by subspace iteration."""
 
-_LEAST_RANK = 16
+_LEAST_RANK = 8
 _OVERSAMPLING = 8
 _ITERATIONS = 4
 _CAUTION = 2.0
+
+
+@dataclass(frozen=True, eq=False)
+class _Found:
+    """Directions of one expert, the best first: gains `(r,)`, outputs `(r, N)` and directions `(r, K)`, on the host."""
+
+    gain: Tensor
+    outputs: Tensor
+    directions: Tensor
 
 
 def lowrank(
     master: LinearMaster,
     packed: PackedExpertLinear,
     moments: SecondMoments,
-    energy: Tensor | None = None,
-    images: dict[int, Tensor] | None = None,
+    sketches: dict[int, OutputSketch] | None = None,
 ) -> ChannelPool:
     """Rule `"lowrank"`: the best correction of rank `r` under the new data's second moments.
 
@@ -39,69 +49,110 @@ def lowrank(
     layer. Our decision. `Q` is not damped: pseudo rows, a share of the layer's pooled second moments or a ridge were no
     better on held-out text, as a direction that few rows show gains little anyway.
 
-    Experts are taken in the order of the error that they are expected to make, channel by channel; once even twice the
-    largest share of its error that one direction had in any expert would win no slot, the rest are left out.
+    What each expert's directions should gain is foretold from the rows and the channels' errors, as if the errors of
+    single weights were independent (see `expected_outputs`). Experts are taken in the order of their best foretold
+    gain, and are searched for twice as many directions as would win slots; once an expert's best would win none even if
+    it were twice as much more than foretold as that of any expert before, it and the rest are left out. Experts that
+    win slots with all that was searched for are searched again, for twice as many.
 
     Needs second moments of the new data, a pool with directions (`pool="lowrank"`) and a master that has whole weights,
-    `"memory"` or `"checkpoint"`. Costs, for each expert taken, its dequantized weight and its original, products of
-    `N·K·n` and `N·n·n` multiplications with `n` rows of new data and one of `N·K·q`, with `q` four times the slots per
-    expert (at least 16), doubled for those experts that take them all. Where second moments are Hessians (more rows
-    than `K`), a dozen products of `N·K·q` and `K·K·q`; up to 128 output features one eigendecomposition of `(N, N)`.
+    `"memory"` or `"checkpoint"`. Costs four products of `n·K·q` multiplications for each expert, with `n` rows of new
+    data and `q` about twice its slots (at least 16), and for each expert taken its dequantized weight, its original,
+    and four products of `N·K·q` (see `sketch`); up to 128 rows or output features, products of `N·K·n` and `N·n·n` and
+    one eigendecomposition instead. Where second moments are Hessians (more rows than `K`), a dozen products of `N·K·q`
+    and `K·K·q`.
 
     Args:
         master: the original weights.
         packed: the quantized base.
         moments: second moments of the new data.
-        energy: `(E, K)`, the sum of `g²·x_c²` on the new data, to leave out experts by; `None` takes all that have
-            rows.
-        images: where the output errors `(N, n)` of the experts taken are put, for `output_errors`.
+        sketches: where the output errors of the experts taken are put, as far as they were computed, for
+            `output_errors`.
 
     Returns:
         The new contents, on the host. Slots that no direction needs stay idle.
+
+    Raises:
+        FloatingPointError: the second moments are not finite.
     """
     slots = packed.pool.direction.shape[0]
     count = moments.count
-    used = count.nonzero().squeeze(1) if slots else count.new_zeros(0)
-    if not used.numel():
+    used = count.nonzero().squeeze(1).tolist() if slots else []
+    if not used:
         nothing = torch.empty(0, packed.out_features)
         return ChannelPool.from_columns(count.new_zeros(0), count.new_zeros(0), nothing, packed.pool)
-    expected = (master.error * energy.float().cpu()).sum(dim=1) if energy is not None else None
-    if expected is not None:
-        used = used[expected[used].argsort(descending=True, stable=True)]
     most = min(slots, packed.out_features, packed.in_features)
-    rank = min(most, max(_LEAST_RANK, 4 * slots // used.numel()))
-    dtype = precision(packed, moments)
-    found: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
-    wanting = used.tolist()
-    share = 0.0
+    foretold = _foretold(master, packed, moments, used, min(most, max(_LEAST_RANK, 2 * slots // len(used))))
+    wins = _wins({expert: gain for expert, (gain, _) in foretold.items()}, slots)
+    rank = {expert: min(most, max(_LEAST_RANK, 2 * won)) for expert, won in wins.items()}
+    wanting = sorted(used, key=lambda expert: -float(foretold[expert][0][0]))
+    found: dict[int, _Found] = {}
+    excess = 0.0
     while wanting:
         for expert in wanting:
-            if expected is not None and expert not in found:
-                least = _least_gain(found, slots)
-                if _CAUTION * share * float(expected[expert]) < least:
-                    break
-            error = weight_error(master, packed, expert, dtype)
-            gram = checked_moments(moments, expert, error.device)
-            if gram.is_hessian:
-                gain, outputs = leading_outputs(error.float(), gram, rank)
-            else:
-                image = F.linear(error, gram.factor.to(dtype))
-                gain, outputs = leading_vectors(image, rank)
-                if images is not None:
-                    images[expert] = image
-            if expected is not None and expected[expert] > 0:
-                share = max(share, float(gain[0] / expected[expert]))
-            directions = outputs.t().to(dtype) @ error
-            found[expert] = gain.cpu(), outputs.t().cpu(), directions.float().cpu()
-        gains, columns, directions = (torch.cat(parts) for parts in zip(*found.values(), strict=True))
-        owner = torch.repeat_interleave(
-            torch.tensor(list(found)), torch.tensor([len(one[0]) for one in found.values()])
-        )
-        best = torch.topk(gains, min(slots, int((gains > 0).sum()))).indices
-        taken = torch.bincount(owner[best], minlength=packed.num_experts)
-        wanting = [expert for expert in found if int(taken[expert]) == rank < most]
-        rank = min(2 * rank, most)
-    return ChannelPool.from_directions(owner[best], directions[best], columns[best], packed.pool)
+            best = float(foretold[expert][0][0])
+            least = _least_gain([one.gain for one in found.values()], slots)
+            if expert not in found and _CAUTION * excess * best < least:
+                break
+            gram = moments.expert(expert, packed.planes.device)
+            found[expert], known = _search(master, packed, expert, gram, foretold[expert][1], rank[expert], moments)
+            if sketches is not None and known is not None:
+                sketches[expert] = known
+            if best > 0:
+                excess = max(excess, float(found[expert].gain[0]) / best)
+        wins = _wins({expert: one.gain for expert, one in found.items()}, slots)
+        wanting = [expert for expert in found if wins[expert] == rank[expert] < most]
+        rank.update({expert: min(2 * rank[expert], most) for expert in wanting})
+    gains, columns, directions = (
+        torch.cat([getattr(one, field) for one in found.values()]) for field in ("gain", "outputs", "directions")
+    )
+    owner = torch.cat([torch.full_like(one.gain, expert, dtype=torch.int64) for expert, one in found.items()])
+    chosen = torch.topk(gains, min(slots, int((gains > 0).sum()))).indices
+    return ChannelPool.from_directions(owner[chosen], directions[chosen], columns[chosen], packed.pool)
+
+
+def _foretold(
+    master: LinearMaster, packed: PackedExpertLinear, moments: SecondMoments, used: Sequence[int], rank: int
+) -> dict[int, tuple[Tensor, Tensor]]:
+    """By expert, what `expected_outputs` says of its best directions; the gains on the host."""
+    device, dtype = packed.planes.device, precision(packed, moments)
+    block = _random(packed.in_features, rank + _OVERSAMPLING, device)
+    result = {}
+    for expert in used:
+        gram = checked_moments(moments, expert, device)
+        gain, start = expected_outputs(gram, master.error[expert].to(device), block, dtype)
+        result[expert] = gain[:rank].cpu(), start
+    return result
+
+
+def _search(
+    master: LinearMaster,
+    packed: PackedExpertLinear,
+    expert: int,
+    gram: Gram,
+    start: Tensor,
+    rank: int,
+    moments: SecondMoments,
+) -> tuple[_Found, OutputSketch | None]:
+    """The best `rank` directions of one expert, and its output error where that was computed."""
+    dtype = precision(packed, moments)
+    error = weight_error(master, packed, expert, dtype)
+    known = None
+    if gram.is_hessian:
+        gain, outputs = leading_outputs(error.float(), gram, rank)
+        directions = outputs.t().to(dtype) @ error
+    elif min(gram.factor.shape[0], error.shape[0]) <= max(EXACT_ROWS, 2 * rank):
+        image = F.linear(error, gram.factor.to(dtype))
+        gain, outputs = leading_vectors(image, rank)
+        directions = outputs.t().to(dtype) @ error
+        known = OutputSketch.whole(image)
+    else:
+        rows = gram.factor.to(dtype)
+        missing = _random(rows.shape[0], max(0, rank + _OVERSAMPLING - start.shape[1]), rows.device)
+        start = torch.cat([start, (rows.t() @ missing.to(dtype)).float()], dim=1)[:, : rank + _OVERSAMPLING]
+        gain, outputs, directions, known = sketch(error, rows, start, expert + 1)
+        gain, outputs, directions = gain[:rank], outputs[:, :rank], directions[:rank]
+    return _Found(gain.cpu(), outputs.t().cpu(), directions.float().cpu()), known
 
 
 def leading_outputs(error: Tensor, gram: Gram, rank: int) -> tuple[Tensor, Tensor]:
@@ -153,9 +204,12 @@ def leading_vectors(image: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def _start(matrix: Tensor, rank: int) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    width = min(rank + _OVERSAMPLING, *matrix.shape)
-    return torch.randn(matrix.shape[0], width, generator=generator).to(matrix.device)
+    return _random(matrix.shape[0], min(rank + _OVERSAMPLING, *matrix.shape), matrix.device)
+
+
+def _random(size: int, width: int, device: torch.device) -> Tensor:
+    """A random block `(size, width)`, the same on every call; no wider than long."""
+    return torch.randn(size, min(size, width), generator=torch.Generator().manual_seed(0)).to(device)
 
 
 def _leading(inside: Tensor, basis: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -164,7 +218,13 @@ def _leading(inside: Tensor, basis: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return values.flip(0)[:rank].clamp(min=0), basis @ vectors.flip(1)[:, :rank]
 
 
-def _least_gain(found: Mapping[int, tuple[Tensor, Tensor, Tensor]], slots: int) -> float:
+def _least_gain(gains: Sequence[Tensor], slots: int) -> float:
     """What a direction must gain to win one of the slots, as far as is known."""
-    gains = torch.cat([one[0] for one in found.values()]) if found else torch.empty(0)
-    return float(torch.topk(gains, slots).values[-1]) if gains.numel() >= slots else 0.0
+    known = torch.cat(list(gains)) if gains else torch.empty(0)
+    return float(torch.topk(known, slots).values[-1]) if known.numel() >= slots else 0.0
+
+
+def _wins(gains: Mapping[int, Tensor], slots: int) -> dict[int, int]:
+    """How many of the slots the directions of each expert win."""
+    least = _least_gain(list(gains.values()), slots)
+    return {expert: int(((gain >= least) & (gain > 0)).sum()) for expert, gain in gains.items()}

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from moe_compiler.kernels.experts import PackedExpertLinear
 from moe_compiler.kernels.pool import ChannelPool
-from moe_compiler.passes.moments import SecondMoments
+from moe_compiler.passes.moments import Gram, SecondMoments
 from moe_compiler.runtime.errors import base_columns, precision, weight_error
 from moe_compiler.runtime.master import LinearMaster
+from moe_compiler.runtime.sketch import OutputSketch
 
 
 def expected_error(master: LinearMaster, packed: PackedExpertLinear, pool: ChannelPool, energy: Tensor) -> float:
@@ -46,7 +47,7 @@ def output_errors(
     pools: Sequence[ChannelPool],
     moments: SecondMoments,
     energy: Tensor | None = None,
-    images: Mapping[int, Tensor] | None = None,
+    sketches: Mapping[int, OutputSketch] | None = None,
 ) -> list[float]:
     """The squared error of the linear's output on the data of `moments` with each of some pool contents.
 
@@ -59,8 +60,10 @@ def output_errors(
         pools: the contents to compare.
         moments: second moments of the data.
         energy: `(E, K)`, the sum of `g²·x_c²` on the data. Where it is given, experts that have a slot in none of the
-            pools count by it, channel by channel, which saves their products.
-        images: by expert, `D·Xᵀ` `(N, n)`, where it is known already and `moments` are those of rows.
+            pools and no sketch count by it, channel by channel, which saves their products.
+        sketches: by expert, what is known of `D·Xᵀ` already, where `moments` are those of rows. These experts' errors
+            are then exact in the directions that were searched for, and estimated by probes in the rest, the same ones
+            for all pools: without bias, and never negative (see `OutputSketch`).
 
     Raises:
         ValueError: the master has single columns only.
@@ -70,27 +73,36 @@ def output_errors(
     parts = [(pool.experts().to(device), pool.columns().to(device), pool.inputs().to(device)) for pool in pools]
     with_slots = torch.cat([experts for experts, _, _ in parts]).unique().tolist()
     for expert in moments.count.nonzero().squeeze(1).tolist():
-        if energy is not None and expert not in with_slots:
+        known = None if sketches is None else sketches.get(expert)
+        if energy is not None and known is None and expert not in with_slots:
             alone = float((master.error[expert].double() * energy[expert].double().cpu()).sum())
             errors = [one + alone for one in errors]
             continue
+        mine = [experts == expert for experts, _, _ in parts]
+        slots = [(columns[own].t(), inputs[own].t()) for own, (_, columns, inputs) in zip(mine, parts, strict=True)]
+        if known is not None and not any(bool(own.any()) for own in mine):
+            alone = known.squared_error()
+            errors = [one + alone for one in errors]
+            continue
         gram = moments.expert(expert, device)
-        known = None if images is None else images.get(expert)
-        if known is None:
-            error = weight_error(master, packed, expert, torch.float32 if gram.is_hessian else dtype)
-            known = None if gram.is_hessian else F.linear(error, gram.factor.to(dtype))
-        base = float(known.float().square().sum(dtype=torch.float64)) if known is not None else gram.energy(error)
-        for number, (experts, columns, inputs) in enumerate(parts):
-            mine = experts == expert
-            value, direction = columns[mine].t(), inputs[mine].t()
-            if known is not None:
-                seen = gram.factor @ direction
-                cross = ((known @ seen.to(dtype)).double() * value.double()).sum()
-                own_gram = seen.t() @ seen
-            else:
-                seen = gram.times(direction)
-                cross = ((error @ seen).double() * value.double()).sum()
-                own_gram = direction.t() @ seen
-            own = ((value.t() @ value).double() * own_gram.double()).sum()
-            errors[number] += base - 2 * float(cross) + float(own)
+        if known is None and not gram.is_hessian:
+            error = weight_error(master, packed, expert, dtype)
+            known = OutputSketch.whole(F.linear(error, gram.factor.to(dtype)))
+        if known is not None:
+            found = [known.squared_error(value, gram.factor @ direction) for value, direction in slots]
+        else:
+            found = _hessian_errors(weight_error(master, packed, expert), gram, slots)
+        errors = [one + more for one, more in zip(errors, found, strict=True)]
     return errors
+
+
+def _hessian_errors(error: Tensor, gram: Gram, slots: Sequence[tuple[Tensor, Tensor]]) -> list[float]:
+    """`tr((D − P)·Q·(D − P)ᵀ)` for corrections `P = value · directionᵀ` of few ranks."""
+    base = gram.energy(error)
+    found = []
+    for value, direction in slots:
+        seen = gram.times(direction)
+        cross = ((error @ seen).double() * value.double()).sum()
+        own = ((value.t() @ value).double() * (direction.t() @ seen).double()).sum()
+        found.append(base - 2 * float(cross) + float(own))
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -191,7 +192,7 @@ def checked_moments(moments: SecondMoments, expert: int, device: torch.device) -
         FloatingPointError: they are not finite.
     """
     gram = moments.expert(expert, device)
-    if not bool(torch.isfinite(gram.diagonal()).all()):
+    if not all(math.isfinite(bound) for bound in gram.factor.aminmax()):
         raise FloatingPointError(f"second moments must be finite, but those of expert {expert} hold NaN or infinity")
     return gram
 

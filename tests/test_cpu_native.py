@@ -14,7 +14,11 @@ from packed import random_packed
 from moe_compiler.kernels import cpu_native, cpu_packed, ops
 from moe_compiler.kernels.activation import ACTIVATIONS
 from moe_compiler.kernels.cpu_compile import set_compile_threshold
-from moe_compiler.kernels.reference import packed_expert_linear_reference, packed_experts_reference
+from moe_compiler.kernels.reference import (
+    packed_expert_linear_reference,
+    packed_experts_hidden_reference,
+    packed_experts_reference,
+)
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 needs_native = pytest.mark.skipif(
@@ -50,15 +54,49 @@ def test_few_rows_equal_the_oracle(  # type: ignore[no-untyped-def]
 
 @needs_native
 @pytest.mark.parametrize(("out_features", "in_features"), [(64, 256), (33, 200), (1, 128)])
-def test_a_dequantized_weight_is_the_rounded_one(out_features: int, in_features: int) -> None:
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.bfloat16, 1 / 128), (torch.float32, 0.0)])
+def test_a_dequantized_weight_is_the_rounded_one(
+    out_features: int, in_features: int, dtype: torch.dtype, rounding: float
+) -> None:
     packed = random_packed([2, 4, 6, 8], out_features, in_features, slots=9, group_size=128)
     for expert in range(4):
-        weight = cpu_native.dequantize(packed.tensors, expert, in_features, 128)
+        weight = cpu_native.dequantize(packed.tensors, expert, in_features, 128, dtype)
         expected = packed.dequantize()[expert]
+        assert weight.dtype == dtype
         assert weight.shape[1] % 128 == 0
         error = (weight[:, :in_features].float() - expected).abs()
         largest = torch.maximum(expected.abs(), packed.dequantize_expert(expert).abs())
-        assert bool((error <= largest / 128 + 1e-5).all())
+        assert bool((error <= rounding * largest + 1e-5).all())
+
+
+@needs_native
+@pytest.mark.parametrize(("out_features", "in_features"), [(40, 256), (1, 128)])
+def test_what_an_original_exceeds_a_weight_by(out_features: int, in_features: int) -> None:
+    packed = random_packed([2, 4, 6, 8], out_features, in_features, group_size=128)
+    original = torch.randn(out_features, in_features).bfloat16()
+    for expert in range(4):
+        expected = original - cpu_native.dequantize(packed.tensors, expert, in_features, 128)
+        assert torch.equal(
+            cpu_native.subtract_weight(original.t().contiguous().t(), packed.tensors, expert, 128), expected
+        )
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "channels"), [(0, 5), (3, 300), (400, 128)])
+def test_sums_over_rows_equal_those_of_pytorch(
+    dtype: torch.dtype, tokens: int, channels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, ids = torch.randn(tokens, channels).to(dtype), torch.randint(0, 4, (2 * tokens,))  # 3 is another rank's
+    gate, weight = torch.rand(2 * tokens), torch.rand(tokens)
+    found = []
+    for native in (True, False):
+        monkeypatch.setattr(cpu_native, "can_observe", lambda _, native=native: native)
+        sums = [torch.ones(3, channels, dtype=torch.float64) for _ in range(2)]
+        ops.observe_experts_(x, ids, gate, weight, *sums, torch.empty(0))
+        found.append(sums)
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 @needs_native
@@ -104,6 +142,11 @@ def test_a_layer_of_any_size_and_activation(
     assert actual.dtype == dtype
     tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
     assert float((actual - expected).abs().max() / expected.abs().max()) < tolerance
+    same, hidden = ops.packed_experts_hidden(*arguments)
+    assert torch.equal(same, actual)
+    states = packed_experts_hidden_reference(*arguments)[1]
+    assert hidden.dtype == dtype
+    assert float((hidden - states).abs().max() / states.abs().max()) < tolerance
 
 
 def test_the_native_code_knows_every_activation() -> None:

@@ -14,6 +14,7 @@ from moe_compiler.kernels.reference import (
     expert_linear_reference,
     observe_experts_reference,
     packed_expert_linear_reference,
+    packed_experts_hidden_reference,
     packed_experts_reference,
 )
 
@@ -87,6 +88,10 @@ def test_packed_experts_equal_their_oracle(  # type: ignore[no-untyped-def]
         32,
     )
     assert_close(ops.packed_experts(*arguments), packed_experts_reference(*arguments))
+    for actual, expected in zip(
+        ops.packed_experts_hidden(*arguments), packed_experts_hidden_reference(*arguments), strict=True
+    ):
+        assert_close(actual, expected)
 
 
 def test_an_unknown_activation_is_refused() -> None:
@@ -160,7 +165,8 @@ def test_operators_pass_opcheck() -> None:
     down = random_packed([4, 2, 8], packed.in_features, packed.out_features // 2)
     routing = torch.tensor([[0, 1], [2, 1]]), torch.rand(2, 2)
     tensors = list(packed.tensors), None, list(down.tensors), None
-    torch.library.opcheck(ops.packed_experts, (torch.randn(2, packed.in_features), *routing, *tensors, "silu", 32))
+    for one in (ops.packed_experts, ops.packed_experts_hidden):
+        torch.library.opcheck(one, (torch.randn(2, packed.in_features), *routing, *tensors, "silu", 32))
     torch.library.opcheck(ops.expert_linear, (x, ids, torch.randn(2, 16, 128), None, False))
     sums = [torch.zeros(2, 128, dtype=torch.float64) for _ in range(2)]
     torch.library.opcheck(ops.observe_experts_, (x, ids, gate, torch.ones(1), *sums, torch.zeros(2, 128, 128)))

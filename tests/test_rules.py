@@ -26,6 +26,7 @@ from moe_compiler.runtime.rules import (
     restore,
     worst_channels,
 )
+from moe_compiler.runtime.sketch import OutputSketch
 
 CPU = torch.device("cpu")
 
@@ -287,10 +288,10 @@ def test_lowrank_leaves_out_experts_that_cannot_win_a_slot() -> None:
     gate = torch.where(moments.expert_ids == 3, 1e-4, moments.gate)  # what its error weighs falls with it
     weak = replace(moments, gate=gate)
     energy[3] *= 1e-8
-    images: dict[int, Tensor] = {}
+    sketches: dict[int, OutputSketch] = {}
     master = whole_master(weight, packed)
-    pool = lowrank(master, packed, weak, energy, images)
-    assert set(images) <= {0, 1, 2}
+    pool = lowrank(master, packed, weak, sketches)
+    assert set(sketches) <= {0, 1, 2}
     assert same(pool, lowrank(master, packed, weak))
-    errors = output_errors(master, packed, [packed.pool, pool], weak, energy, images)
+    errors = output_errors(master, packed, [packed.pool, pool], weak, energy, sketches)
     assert errors == pytest.approx(output_errors(master, packed, [packed.pool, pool], weak), rel=0.05)
