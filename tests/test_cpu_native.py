@@ -231,7 +231,7 @@ def test_a_compiler_that_fails_is_said_once_and_other_kernels_run(
     out = ops.packed_expert_linear(x, ids, list(packed.tensors), None, 128)
     assert torch.allclose(out, packed_expert_linear_reference(x, ids, list(packed.tensors), None, 128), atol=1e-4)
     assert not cpu_native.serves(x, 128)
-    assert [record.message for record in caplog.records] == [
+    assert [record.message for record in caplog.records if record.levelname == "WARNING"] == [
         "the native CPU kernels could not be compiled, slower ones run: no such instruction"
     ]
     assert not list(fresh.iterdir())
