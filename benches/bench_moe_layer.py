@@ -15,6 +15,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from itertools import chain, groupby, product
 
 import baselines
@@ -76,6 +77,7 @@ class Bench:
         dtype: of the packed operators' activations; baselines are bfloat16.
         seconds: for the rounds of one setting.
         compiled: whether baselines also run compiled by `torch.compile`.
+        patterns: of the names of the candidates to measure.
         baseline: the candidate that speedups are over; `BEST` is the fastest of transformers' own.
         roof: the measured copy bandwidth, bytes per second.
         cache: bytes of the last-level cache.
@@ -85,6 +87,7 @@ class Bench:
     dtype: torch.dtype
     seconds: float
     compiled: bool
+    patterns: tuple[str, ...]
     baseline: str
     roof: float
     cache: int
@@ -99,7 +102,15 @@ class Bench:
         return min(MAX_COPIES, max(1, -(-CACHES_OVER * self.cache // size_bytes)))
 
     def measure(self, setting: Setting, candidates: Mapping[str, Candidate]) -> list[LayerRow]:
-        """Times the candidates side by side."""
+        """Times the candidates side by side.
+
+        Raises:
+            ValueError: none of them matches the patterns.
+        """
+        chosen = [name for name in candidates if any(fnmatch(name, pattern) for pattern in self.patterns)]
+        if not chosen:
+            raise ValueError(f"`candidates` must match some of {', '.join(candidates)}, but is {self.patterns}")
+        candidates = {name: candidates[name] for name in chosen}
         torch._dynamo.reset()  # every setting compiles its own, none is lost to the limit of recompilations
         results = time_rounds({name: one.calls for name, one in candidates.items()}, self.device, self.seconds)
         times = {name: result for name, result in results.items() if isinstance(result, Timing)}
@@ -229,6 +240,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--bits", nargs="+", type=int, choices=(2, 3, 4, 6, 8), default=[3], help="3: half 2, half 4")
     parser.add_argument("--pool", nargs="+", type=float, default=[0.01], help="shares of the input channels")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument("--candidates", nargs="+", default=["*"], metavar="PATTERN",
+        help=f"only those whose names match, such as '{PACKED}*'")  # fmt: skip
     parser.add_argument("--baseline", help=f"a candidate, or '{BEST}'; the default is that on a GPU, else '{LINEAR}'")
     parser.add_argument("--seconds", type=float, default=3.0, help="for the rounds of one setting")
     parser.add_argument("--no-compile", action="store_true", help="leave compiled baselines out")
@@ -257,6 +270,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         dtype=getattr(torch, options.dtype),
         seconds=options.seconds,
         compiled=not options.no_compile,
+        patterns=tuple(options.candidates),
         baseline=options.baseline or (BEST if device.type == "cuda" else LINEAR),
         roof=roof,
         cache=1 << 20 if options.quick else cache_bytes(device),

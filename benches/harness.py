@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gc
 import os
+import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -17,7 +18,7 @@ import torch
 from environment import Environment
 
 MAX_CALLS_IN_GRAPH = 64
-MAX_ROUNDS = 200
+MAX_ROUNDS = 2000
 _SHORTEST_SAMPLE = 0.005  # seconds; a CPU sample repeats its call until it takes this long
 
 Call = Callable[[], Any]
@@ -130,7 +131,8 @@ def time_rounds(
     """Times candidates side by side: one sample of each per round, until `seconds` are over.
 
     Args:
-        candidates: by name, the calls to cycle through; each call must allocate nothing that outlives it. A cycle that
+        candidates: by name, the calls to cycle through, in an order drawn anew for each round, since what ran before
+            leaves its traces in caches and threads; each call must allocate nothing that outlives it. A cycle that
             reads more memory than the caches hold measures memory, as in a model with many layers.
         device: a CUDA device measures replays of one CUDA graph per candidate, the CPU calls from Python.
         seconds: for the rounds of all candidates together; warming up, compiling and capturing come on top.
@@ -154,10 +156,10 @@ def time_rounds(
 
 def _rounds(runners: Mapping[str, _CpuRunner | _GraphRunner], seconds: float, min_rounds: int) -> dict[str, Timing]:
     samples: dict[str, list[float]] = {name: [] for name in runners}
-    start, rounds = time.perf_counter(), 0
+    start, rounds, draw = time.perf_counter(), 0, random.Random(0)
     while runners and rounds < MAX_ROUNDS and (rounds < min_rounds or time.perf_counter() - start < seconds):
-        for name, runner in runners.items():
-            samples[name].append(runner.sample())
+        for name in draw.sample(list(runners), len(runners)):
+            samples[name].append(runners[name].sample())
         rounds += 1
     return {name: Timing(tuple(samples[name]), runner.warmup_s) for name, runner in runners.items()}
 

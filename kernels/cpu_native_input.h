@@ -83,13 +83,15 @@ inline void prepare_slots(const Numbers& x, const Linear& w, int64_t expert, flo
     }
 }
 
-// Adds the columns of COUNT slots times `slots` to a row of the result, or begins the row with them.
+// Adds the columns of COUNT slots times `slots` to the rows `begin` up to `end` of a result, or begins them so.
+// `columns` are of `rows` rows each.
 template <int COUNT>
-inline void add_columns(const int8_t* columns, int64_t rows, const float* slots, bool first, float* out) {
+inline void add_columns(const int8_t* columns, int64_t rows, const float* slots, bool first, int64_t begin, int64_t end,
+                        float* out) {
     __m512 factor[COUNT];
     for (int i = 0; i < COUNT; ++i) factor[i] = _mm512_set1_ps(slots[i]);
-    for (int64_t row = 0; row < rows; row += 16) {
-        const __mmask16 mask = first_lanes(rows - row);
+    for (int64_t row = begin; row < end; row += 16) {
+        const __mmask16 mask = first_lanes(end - row);
         __m512 sum = first ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(mask, out + row);
         for (int i = 0; i < COUNT; ++i) {
             const __m128i column = _mm_maskz_loadu_epi8(mask, columns + i * rows + row);
@@ -99,18 +101,18 @@ inline void add_columns(const int8_t* columns, int64_t rows, const float* slots,
     }
 }
 
-// Begins `count` rows of the result with what the expert's pool slots give: their columns times `slots`. One run of
-// memory after the other. Without slots nothing is written.
-inline void start_results(const Linear& w, int64_t expert, int64_t count, const float* const* slots,
-                          float* const* out) {
+// Begins the rows from `begin` up to `end` of `count` results with what the expert's pool slots give: their columns
+// times `slots`. Long runs of memory one after the other. Without slots nothing is written.
+inline void start_results(const Linear& w, int64_t expert, int64_t count, const float* const* slots, int64_t begin,
+                          int64_t end, float* const* out) {
     constexpr int STEP = 4;
-    const int64_t end = w.slots(expert), rows = w.out_features;
+    const int64_t last = w.slots(expert), rows = w.out_features;
     const int8_t* columns = w.pool_value + w.first_slot(expert) * rows;
     int64_t slot = 0;
-    for (; slot + STEP <= end; slot += STEP)
+    for (; slot + STEP <= last; slot += STEP)
         for (int64_t m = 0; m < count; ++m)
-            add_columns<STEP>(columns + slot * rows, rows, slots[m] + slot, slot == 0, out[m]);
-    for (; slot < end; ++slot)
+            add_columns<STEP>(columns + slot * rows, rows, slots[m] + slot, slot == 0, begin, end, out[m]);
+    for (; slot < last; ++slot)
         for (int64_t m = 0; m < count; ++m)
-            add_columns<1>(columns + slot * rows, rows, slots[m] + slot, slot == 0, out[m]);
+            add_columns<1>(columns + slot * rows, rows, slots[m] + slot, slot == 0, begin, end, out[m]);
 }

@@ -3,6 +3,7 @@
 
 #include <omp.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <memory>
 #include <vector>
@@ -97,7 +98,7 @@ public:
         if (size) columns = allocate<int8_t>(size);
     }
 
-    // The inputs' rows as integers, and the pools' share of the results: `x(r)` is row `r`.
+    // The inputs' rows as integers, and what the pools' slots take from them: `x(r)` is row `r`.
     template <typename Rows>
     void prepare(const Rows& x) {
 #pragma omp for schedule(static) nowait
@@ -105,15 +106,8 @@ public:
 #pragma omp for schedule(dynamic)
         for (int64_t number = 0; number < static_cast<int64_t>(plan.blocks.size()); ++number) {
             const Block& block = plan.blocks[number];
-            const float* read[MAX_ROWS];
-            float* target[MAX_ROWS];
-            for (int64_t m = 0; m < block.rows; ++m) {
-                const int64_t p = block.first + m;
+            for (int64_t p = block.first; p < block.first + block.rows; ++p)
                 prepare_slots(x(source[p]), w, block.expert, &slots[slot_begin[p]]);
-                read[m] = &slots[slot_begin[p]];
-                target[m] = row(p);
-            }
-            start_results(w, block.expert, block.rows, read, target);
         }
         if (!columns) return;
 #pragma omp for schedule(static)
@@ -134,14 +128,24 @@ public:
         for (const Block& block : plan.blocks) {
             const int64_t begin = column_begin[&block - plan.blocks.data()];
             const int8_t* own_columns = begin >= 0 ? &columns[begin] : nullptr;
+            const float* own_slots[MAX_ROWS];
             float* target[MAX_ROWS];
-            for (int64_t m = 0; m < block.rows; ++m) target[m] = row(block.first + m);
-            for (int64_t chunk = 0; chunk < chunks(); ++chunk, before += cost(block)) {
-                if (before * team / work != thread) continue;
-                const int64_t first = chunk * CHUNK, end = first + CHUNK;
+            for (int64_t m = 0; m < block.rows; ++m) {
+                own_slots[m] = &slots[slot_begin[block.first + m]];
+                target[m] = row(block.first + m);
+            }
+            const auto is_mine = [&](int64_t chunk) {
+                return (before + chunk * cost(block)) * team / work == thread;
+            };
+            int64_t chunk = 0, end = 0;
+            while (chunk < chunks() && !is_mine(chunk)) ++chunk;
+            for (end = chunk; end < chunks() && is_mine(end);) ++end;
+            before += chunks() * cost(block);
+            start_results(w, block.expert, block.rows, own_slots, chunk * CHUNK, last_row(end), target);
+            for (; chunk < end; ++chunk) {
                 const Task task{block.expert,
-                                first,
-                                end < w.out_features ? end : w.out_features,
+                                chunk * CHUNK,
+                                last_row(chunk + 1),
                                 block.rows,
                                 &source[block.first],
                                 own_columns,
@@ -163,6 +167,7 @@ public:
 
 private:
     int64_t chunks() const { return (w.out_features + CHUNK - 1) / CHUNK; }
+    int64_t last_row(int64_t chunk) const { return std::min(chunk * CHUNK, w.out_features); }
     int64_t cost(const Block& block) const { return w.num_planes(block.expert) + block.rows; }
     Input input() const { return {limbs.get(), unit.get(), sums.get()}; }
 

@@ -80,14 +80,20 @@ private:
                     });
             }
         }
-        for (int64_t s = 0; s < w.slots(expert); ++s) {
-            const int8_t* value = w.pool_value + (w.first_slot(expert) + s) * rows;
-            const int64_t step = w.tiles() * (TILE / STEP) + s / STEP;
-            for (int64_t row = first; row < last; ++row) {
-                const float number = value[row];  // of eight bits: the upper half of its float is the number
-                uint32_t bits;
-                std::memcpy(&bits, &number, 4);
-                place(step, row)[s % STEP] = static_cast<uint16_t>(bits >> 16);
+        // Numbers of eight bits: the upper half of the float is the bfloat16. Two slots' make one word.
+        const __m512i places = _mm512_mullo_epi32(
+            _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_epi32(2 * STEP));
+        const int8_t* values = w.pool_value + w.first_slot(expert) * rows;
+        for (int64_t s = 0; s < w.slots(expert); s += 2) {
+            for (int64_t row = first; row < last; row += BLOCK) {
+                const __mmask16 mask = first_lanes(last - row), second = s + 1 < w.slots(expert) ? mask : 0;
+                const auto bits = [&](int64_t slot, __mmask16 lanes) {
+                    const __m128i bytes = _mm_maskz_loadu_epi8(lanes, values + slot * rows + row);
+                    return _mm512_castps_si512(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)));
+                };
+                const __m512i words = _mm512_or_si512(_mm512_srli_epi32(bits(s, mask), 16), bits(s + 1, second));
+                uint16_t* at = place(w.tiles() * (TILE / STEP) + s / STEP, row) + s % STEP;
+                _mm512_mask_i32scatter_epi32(at, mask, places, words, 1);
             }
         }
     }

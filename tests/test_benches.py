@@ -62,6 +62,16 @@ def test_layer_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert printed.count("not measured here") == len(bench("targets").TARGETS)  # tiny sizes prove nothing
 
 
+def test_layer_bench_of_chosen_candidates(tmp_path: Path) -> None:
+    path, module = tmp_path / "layer.csv", bench("bench_moe_layer")
+    arguments = ["--quick", "--modes", "layer", "--device", "cpu", "--csv", str(path), "--candidates"]
+    assert module.main([*arguments, "packed*", "bf16 F.linear"]) == 0
+    rows = read_csv(path, bench("targets").LayerRow)
+    assert {row["candidate"] for row in rows} == {"packed", "packed, no pool", "bf16 F.linear"}
+    with pytest.raises(ValueError, match=r"`candidates` must match some of packed, .*, but is \('fast',\)"):
+        module.main([*arguments, "fast"])
+
+
 def test_generate_bench(tmp_path: Path) -> None:
     path = tmp_path / "generate.csv"
     assert bench("bench_generate").main(["--quick", "--device", "cpu", "--csv", str(path)]) == 0
@@ -310,6 +320,18 @@ def test_failed_candidates_do_not_stop_the_others() -> None:
     assert results["a"] == harness.Failure("no kernel")
     assert results["b"] == harness.Failure("OOM")
     assert len(results["c"].samples) == 2
+
+
+def test_rounds_run_every_candidate_once_in_changing_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+    calls = {name: [lambda name=name: ran.append(name)] for name in "abcd"}
+    harness = bench("harness")
+    monkeypatch.setattr(harness, "_SHORTEST_SAMPLE", 0.0)  # one call a sample
+    harness.time_rounds(calls, CPU, 0.0, min_rounds=8)
+    ran = ran[8:]  # two calls each to warm up
+    rounds = [tuple(ran[i : i + 4]) for i in range(0, 32, 4)]
+    assert all(sorted(one) == list("abcd") for one in rounds)
+    assert len(set(rounds)) > 1
 
 
 def test_speedups_compare_round_by_round() -> None:
