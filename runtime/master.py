@@ -32,9 +32,9 @@ class LinearMaster(ABC):
         return self
 
     @property
-    @abstractmethod
     def places(self) -> Tensor:
-        """`e · K + c` of each channel whose original column can be had, int64, ascending."""
+        """`e · K + c` of each channel whose original column can be had, int64, ascending: `0 .. E·K − 1`."""
+        return torch.arange(self.error.numel())
 
     @abstractmethod
     def columns(self, places: Tensor) -> Tensor:
@@ -56,9 +56,9 @@ class LinearMaster(ABC):
         """
 
     @property
-    @abstractmethod
     def whole(self) -> bool:
-        """Whether whole weights can be had."""
+        """Whether whole weights can be had, once they are attached."""
+        return True
 
     @property
     @abstractmethod
@@ -66,9 +66,9 @@ class LinearMaster(ABC):
         """The model's own precision."""
 
     @property
-    @abstractmethod
     def _held(self) -> tuple[Tensor, ...]:
         """The tensors of original weights that are held in memory."""
+        return ()
 
     @property
     def kept_error(self) -> Tensor:
@@ -172,16 +172,6 @@ class MemoryMaster(LinearMaster):
         return cls(error, column_norm(weight), weight.detach().cpu())
 
     @property
-    def places(self) -> Tensor:
-        """`0 .. E·K − 1`."""
-        return torch.arange(self.error.numel())
-
-    @property
-    def whole(self) -> bool:
-        """Whether whole weights can be had: always."""
-        return True
-
-    @property
     def dtype(self) -> torch.dtype:
         """The model's own precision."""
         return self.original.dtype
@@ -217,23 +207,9 @@ class CheckpointMaster(LinearMaster):
         return cls(error, column_norm(weight), source)
 
     @property
-    def places(self) -> Tensor:
-        """`0 .. E·K − 1`."""
-        return torch.arange(self.error.numel())
-
-    @property
-    def whole(self) -> bool:
-        """Whether whole weights can be had: always."""
-        return True
-
-    @property
     def dtype(self) -> torch.dtype:
         """The model's own precision."""
         return self.source.dtype
-
-    @property
-    def _held(self) -> tuple[Tensor, ...]:
-        return ()
 
     def columns(self, places: Tensor) -> Tensor:
         """Original columns, `(S, N)` float32.
@@ -269,23 +245,9 @@ class DetachedMaster(LinearMaster):
     original_dtype: torch.dtype
 
     @property
-    def places(self) -> Tensor:
-        """`0 .. E·K − 1`, once the weights are attached."""
-        return torch.arange(self.error.numel())
-
-    @property
-    def whole(self) -> bool:
-        """Whether whole weights can be had, once they are attached: always."""
-        return True
-
-    @property
     def dtype(self) -> torch.dtype:
         """The model's own precision."""
         return self.original_dtype
-
-    @property
-    def _held(self) -> tuple[Tensor, ...]:
-        return ()
 
     def columns(self, places: Tensor) -> Tensor:
         """Refused: the weights are not attached."""
