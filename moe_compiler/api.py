@@ -20,12 +20,21 @@ from moe_compiler.coverage import CompileReport, block_coverage
 from moe_compiler.data import load_calibration
 from moe_compiler.graph_record import GraphRecord, record_graph, stages_before
 from moe_compiler.hessians import HessianWindows
-from moe_compiler.layer import CompiledLayer, check_master, compile_layer, layer_evidence, measure_errors
+from moe_compiler.layer import (
+    CompiledLayer,
+    CompiledLinear,
+    check_master,
+    compile_layer,
+    compile_linear,
+    layer_evidence,
+    measure_errors,
+)
 from moe_compiler.passes.assign import assign
 from moe_compiler.passes.base import NoProgress, Progress
 from moe_compiler.passes.calibrate import Dataset, observe_datasets
 from moe_compiler.passes.capture import MoEBlock, capture_moe_blocks
 from moe_compiler.passes.graph import MoEGraph
+from moe_compiler.passes.hidden import HiddenMoments, hidden_moments
 from moe_compiler.passes.plan import PrecisionPlan
 from moe_compiler.passes.router import RouterCalibration, RouterChange
 from moe_compiler.passes.sensitivity import layer_sensitivity
@@ -193,21 +202,33 @@ def _lower(
     layers: dict[str, CompiledLayer] = {}
     try:
         for window in hessians.windows():
-            found = hessians.collect(window) if config.quantizer == "gptq" else {}
+            first = _first_linears(model, window, plan, statistics, hessians, config, progress)
+            hidden: Mapping[str, HiddenMoments] = {}
+            if config.quantizer == "gptq":
+                hidden = hidden_moments(
+                    model,
+                    window,
+                    {path: linear.packed for path, linear in first.items()},
+                    hessians.datasets,
+                    tokens_per_batch=config.tokens_per_batch,
+                    progress=progress,
+                )
+                gc.collect()  # graphs and modules refer to each other: the observers go only now
             with progress.task("quantizing", len(window)) as advance:
                 for path, block in window.items():
                     layers[path] = compile_layer(
                         model,
                         block,
                         plan.layers[path],
-                        found.get(path),
+                        first[path],
+                        hidden.get(path),
                         list(statistics[path].values()),
                         config,
                     )
                     _graph(model, path).meta["stages"] = {stage: one.text for stage, one in stages[path].items()}
                     gc.collect()  # graphs and modules refer to each other: the originals go only now
                     advance()
-            del found  # before the next window's are collected
+            del hidden  # before the next window's Hessians are collected
     except Exception as error:
         if not layers:
             raise
@@ -216,6 +237,29 @@ def _lower(
             "the model is of no use any more: load it again"
         ) from error
     return layers
+
+
+def _first_linears(
+    model: nn.Module,
+    window: dict[str, MoEBlock],
+    plan: PrecisionPlan,
+    statistics: Statistics,
+    hessians: HessianWindows,
+    config: CompileConfig,
+    progress: Progress,
+) -> dict[str, CompiledLinear]:
+    """The first linear of every block of a window, quantized; nothing is changed yet."""
+    found = hessians.collect(window) if config.quantizer == "gptq" else {}
+    hessians.forget()  # they have served: `found` is the last reference
+    first = {}
+    with progress.task("quantizing", len(window)) as advance:
+        for path, block in window.items():
+            projection = block.spec.projections[0]
+            hessian = found[path][projection.name] if found else None
+            seen = list(statistics[path].values())
+            first[path] = compile_linear(model, block, projection, plan.layers[path], hessian, seen, config)
+            advance()
+    return first
 
 
 def _router_calibration(

@@ -60,3 +60,7 @@ class HessianWindows:
         if len(window) == len(self.blocks):
             self._kept = found
         return found
+
+    def forget(self) -> None:
+        """Let go of what is kept: the next `collect` runs the datasets again."""
+        self._kept = None

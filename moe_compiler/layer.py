@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,7 @@ from moe_compiler.kernels.affine import WIDTHS, QuantizedWeight
 from moe_compiler.kernels.experts import PackedExpertLinear, overhead_bits
 from moe_compiler.kernels.planes import TILE
 from moe_compiler.passes.capture import MoEBlock, Projection, expert_weight
+from moe_compiler.passes.hidden import HiddenMoments, make_up
 from moe_compiler.passes.lower import lower_block
 from moe_compiler.passes.moments import HessianMoments
 from moe_compiler.passes.plan import LayerPlan
@@ -138,12 +141,85 @@ def quantize_shared(block: MoEBlock, config: CompileConfig) -> dict[str, PackedE
     return packed
 
 
+@dataclass(frozen=True, eq=False)
+class CompiledLinear:
+    """One quantized linear of all experts of a block.
+
+    Attributes:
+        packed: its packed form, the pool filled.
+        master: its original weights.
+        blended: the experts that saw too few tokens and took part of the layer's pooled Hessian.
+    """
+
+    packed: PackedExpertLinear
+    master: LinearMaster
+    blended: tuple[int, ...] | None
+
+
+@torch.no_grad()
+def compile_linear(
+    model: nn.Module,
+    block: MoEBlock,
+    projection: Projection,
+    plan: LayerPlan,
+    hessian: Tensor | None,
+    statistics: Sequence[BlockStatistics],
+    config: CompileConfig,
+    target: Tensor | None = None,
+) -> CompiledLinear:
+    """Quantizes and packs one linear of all experts of a block, which is left as it is.
+
+    Args:
+        model: the model.
+        block: the captured block.
+        projection: which linear.
+        plan: the widths of its experts.
+        hessian: `(E, K, K)`, needed by the quantizer `"gptq"`.
+        statistics: what the block saw, one per dataset.
+        config: the choices.
+        target: `(E, N, K)`, the weights to come near to; the original ones if `None`.
+
+    Raises:
+        ValueError: `config.master` is `"checkpoint"` and no file has the linear's weights.
+    """
+    total = _total(statistics)
+    weight = expert_weight(block.experts, block.spec, projection.name)
+    blended = None
+    if hessian is not None:
+        blend = blend_hessians(hessian, total.count)
+        hessian, blended = blend.hessian, blend.blended
+    wanted = weight if target is None else target
+    quantized: QuantizedWeight = quantize_experts(
+        config.quantizer, wanted, hessian, plan.bits[projection.name], config.group_size
+    )
+    linear = PackedExpertLinear.from_quantized(quantized, *pool_size(projection, block.spec.num_experts, config))
+    error = channel_error(weight, linear)
+    energy = total.linears[projection.name].sq_sum
+    planned = plan.channels[projection.name] if plan.channels is not None else None
+    if planned is None:
+        first = worst_channels(error, energy, linear.pool.capacity)
+    else:
+        first = assigned_channels(energy, planned, linear.pool.capacity)
+    if config.master == "cache":
+        master: LinearMaster = CacheMaster.of(weight, error, first, config.cache_fraction)
+    else:
+        master = _whole_master(weight, error, block, projection, _checkpoint(model, config), config)
+    source = master if target is None else MemoryMaster.of(target, channel_error(target, linear))
+    if planned is None and config.pool == "lowrank" and hessian is not None:
+        contents = lowrank(source, linear, HessianMoments(hessian, total.count.cpu()))
+    else:
+        contents = hold(source, linear, first)
+    linear.pool.copy_(contents)
+    return CompiledLinear(linear, master, blended)
+
+
 @torch.no_grad()
 def compile_layer(
     model: nn.Module,
     block: MoEBlock,
     plan: LayerPlan,
-    hessians: Hessians | None,
+    first: CompiledLinear,
+    hidden: HiddenMoments | None,
     statistics: Sequence[BlockStatistics],
     config: CompileConfig,
 ) -> CompiledLayer:
@@ -153,53 +229,35 @@ def compile_layer(
         model: the model.
         block: the captured block.
         plan: the widths of its experts.
-        hessians: needed by the quantizer `"gptq"`.
+        first: its first linear, from `compile_linear`.
+        hidden: what the second linear is given behind the first, needed by the quantizer `"gptq"`.
         statistics: what the block saw, one per dataset.
         config: the choices.
 
     Raises:
         ValueError: `config.master` is `"checkpoint"` and no file has the block's weights. The block is unchanged.
     """
-    total = statistics[0]
-    for one in statistics[1:]:
-        total = total + one
-    checkpoint = _checkpoint(model, config)
-    packed: dict[str, PackedExpertLinear] = {}
-    masters: dict[str, LinearMaster] = {}
-    blended: dict[str, tuple[int, ...]] = {}
-    for p in block.spec.projections:
-        weight = expert_weight(block.experts, block.spec, p.name)
-        hessian = None
-        if hessians is not None:
-            blend = blend_hessians(hessians[p.name], total.count)
-            hessian, blended[p.name] = blend.hessian, blend.blended
-        quantized: QuantizedWeight = quantize_experts(
-            config.quantizer, weight, hessian, plan.bits[p.name], config.group_size
-        )
-        linear = PackedExpertLinear.from_quantized(quantized, *pool_size(p, block.spec.num_experts, config))
-        error = channel_error(weight, linear)
-        energy = total.linears[p.name].sq_sum
-        planned = plan.channels[p.name] if plan.channels is not None else None
-        if planned is None:
-            first = worst_channels(error, energy, linear.pool.capacity)
-        else:
-            first = assigned_channels(energy, planned, linear.pool.capacity)
-        if config.master == "cache":
-            master: LinearMaster = CacheMaster.of(weight, error, first, config.cache_fraction)
-        else:
-            master = _whole_master(weight, error, block, p, checkpoint, config)
-        if planned is None and config.pool == "lowrank" and hessian is not None:
-            contents = lowrank(master, linear, HessianMoments(hessian, total.count.cpu()))
-        else:
-            contents = hold(master, linear, first)
-        linear.pool.copy_(contents)
-        packed[p.name], masters[p.name] = linear, master
+    total = _total(statistics)
+    one, other = block.spec.projections
+    target = None
+    if hidden is not None:
+        target = make_up(expert_weight(block.experts, block.spec, other.name), hidden, total.count)
+    second = compile_linear(
+        model, block, other, plan, hidden.hessian if hidden is not None else None, statistics, config, target
+    )
+    linears = {one.name: first, other.name: second}
+    packed = {name: linear.packed for name, linear in linears.items()}
     lower_block(model, block, packed, quantize_shared(block, config))
     overhead = {name: linear.effective_bits - linear.code_bits for name, linear in packed.items()}
+    masters = {name: linear.master for name, linear in linears.items()}
     return CompiledLayer(
         runtime=RuntimeLayer(block, masters, total.count.cpu(), overhead, total.top_k),
-        blended=blended,
+        blended={name: linear.blended for name, linear in linears.items() if linear.blended is not None},
     )
+
+
+def _total(statistics: Sequence[BlockStatistics]) -> BlockStatistics:
+    return reduce(add, statistics)
 
 
 def _checkpoint(model: nn.Module, config: CompileConfig) -> Checkpoint | None:

@@ -139,6 +139,13 @@ def observe_datasets(
     return result
 
 
+def dataset_shares(datasets: Mapping[str, Dataset], weights: Mapping[str, float]) -> dict[str, float]:
+    """What each token of a dataset counts, `ω_d·n·T / T_d`: `ω` sums to 1, `T` is the mean of the `n` numbers `T_d`."""
+    tokens = {name: sum(sample.numel() for sample in dataset) for name, dataset in datasets.items()}
+    per_weight = sum(tokens.values()) / sum(weights.values())
+    return {name: weights[name] * per_weight / count for name, count in tokens.items()}
+
+
 def collect_hessians(
     model: nn.Module,
     blocks: Mapping[str, MoEBlock],
@@ -166,14 +173,10 @@ def collect_hessians(
     """
     observed = ObservedModel.of(model, blocks, hessian=True)
     total: dict[str, dict[str, Tensor]] = {}
-    mean_tokens = sum(sum(s.numel() for s in data) for data in datasets.values()) / len(datasets)
-    norm = sum(weights.values())
-    for name, dataset in datasets.items():
-        tokens = sum(sample.numel() for sample in dataset)
-        share = weights[name] / norm * mean_tokens / tokens * len(datasets)
+    for name, share in dataset_shares(datasets, weights).items():
         if share == 0:
             continue
-        seen = observed.observe(dataset, name=name, tokens_per_batch=tokens_per_batch, progress=progress)
+        seen = observed.observe(datasets[name], name=name, tokens_per_batch=tokens_per_batch, progress=progress)
         for path, statistics in seen.items():
             sums = total.setdefault(path, {})
             for linear, values in statistics.linears.items():
