@@ -2,8 +2,9 @@
 
 `--model` is the embedded model or any folder that transformers can load, calibrated on text. `--shape` is one layer of
 random weights at OLMoE-1B-7B's sizes in bfloat16, calibrated on random tokens. The estimate for all layers multiplies
-what every layer costs, and counts the forward passes that Hessians need: all layers run once for each window of layers
-whose Hessians fit `hessian_memory_bytes`, and twice where widths are measured as well.
+what every layer costs, and counts the forward passes: for each window of layers whose Hessians fit
+`hessian_memory_bytes`, all layers run once to collect them, once more where widths are measured as well, and once to
+compare the inputs of the second linears with and without a quantized first one.
 
 Run: python benches/bench_compile_time.py
 """
@@ -30,7 +31,8 @@ from moe_compiler.passes.base import Advance
 
 SHAPE = "OLMoE-1B-7B"
 TEXTS = ("docs", "code")
-OBSERVING, HESSIANS, REST, TOTAL = "observing", "collecting Hessians", "everything else", "in all"
+OBSERVING, HESSIANS, COMPARING = "observing", "collecting Hessians", "comparing"
+REST, TOTAL = "everything else", "in all"
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,8 @@ class Stopwatch:
         step = description
         if description.startswith(OBSERVING):
             step = HESSIANS if self.calls[description] else OBSERVING
+        if description.startswith(COMPARING):
+            step = COMPARING
         self.calls[description] += 1
         start = time.perf_counter()
         try:
@@ -84,16 +88,19 @@ def estimate(one: dict[str, float], layers: int, per_window: int, passes: int) -
     """The seconds of a model of many layers from those of a model of one of them.
 
     Args:
-        one: by step, the seconds of one layer; its Hessians were collected once.
+        one: by step, the seconds of one layer; its Hessians were collected once. Steps that are not in it take none.
         layers: of the whole model.
         per_window: layers whose Hessians fit in memory together.
         passes: how often each window's Hessians are collected, if there are several windows.
     """
     count = -(-layers // per_window)
     rounds = passes if count > 1 else 1
-    adding = max(0.0, one[HESSIANS] - one[OBSERVING])
     every = {step: layers * seconds for step, seconds in one.items()}
-    return every | {HESSIANS: rounds * layers * (adding + count * one[OBSERVING])}
+    for step, times in ((HESSIANS, rounds), (COMPARING, 1)):
+        if step in one:
+            adding = max(0.0, one[step] - one[OBSERVING])
+            every[step] = times * layers * (adding + count * one[OBSERVING])
+    return every
 
 
 def layers_per_window(hidden_size: int, intermediate_size: int, experts: int, memory_bytes: int) -> int:

@@ -107,7 +107,7 @@ def hidden_moments(
         for observer in observers.values():
             observer.share = share
         tokens = sum(sample.numel() for sample in datasets[name])
-        with (progress or NoProgress()).task(f"observing {name}", tokens, "tokens") as advance:
+        with (progress or NoProgress()).task(f"comparing {name}", tokens, "tokens") as advance:
             for batch in batches(datasets[name], tokens_per_batch):
                 body(input_ids=batch.to(device), use_cache=False)
                 advance(batch.numel())

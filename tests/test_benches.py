@@ -131,7 +131,8 @@ def test_compile_time_bench_at_a_real_shape(tmp_path: Path, capsys: pytest.Captu
     assert bench("bench_compile_time").main(arguments) == 0
     rows = read_csv(path, bench("bench_compile_time").CompileTimeRow)
     measured, estimated = ([float(row[name]) for row in rows] for name in ("seconds", "all_seconds"))
-    assert {"observing", "collecting Hessians", "measuring widths", "quantizing"} < {row["step"] for row in rows}
+    steps = {"observing", "collecting Hessians", "measuring widths", "comparing", "quantizing"}
+    assert steps < {row["step"] for row in rows}
     assert rows[-1]["step"] == "in all"
     assert measured[-1] == pytest.approx(sum(measured[:-1]))
     assert estimated[-1] == pytest.approx(sum(estimated[:-1]))
@@ -142,11 +143,12 @@ def test_the_estimated_time_counts_the_passes_of_every_window() -> None:
     module = bench("bench_compile_time")
     assert module.layers_per_window(2048, 1024, 64, 6 << 30) == 2
     assert module.layers_per_window(2048, 1024, 64, 1) == 1
-    one = {module.OBSERVING: 2.0, module.HESSIANS: 5.0, "quantizing": 7.0}
+    one = {module.OBSERVING: 2.0, module.HESSIANS: 5.0, module.COMPARING: 6.0, "quantizing": 7.0}
     together = module.estimate(one, layers=4, per_window=4, passes=2)  # kept, so collected once
-    assert together == {module.OBSERVING: 8.0, module.HESSIANS: 4 * 3.0 + 4 * 2.0, "quantizing": 28.0}
+    assert together == {step: 4 * seconds for step, seconds in one.items()}
     apart = module.estimate(one, layers=4, per_window=2, passes=2)
     assert apart[module.HESSIANS] == 2 * (4 * 3.0 + 2 * 4 * 2.0)
+    assert apart[module.COMPARING] == 4 * 4.0 + 2 * 4 * 2.0
 
 
 def test_guard_bench(tmp_path: Path) -> None:
