@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from moe_compiler.config import CompileConfig
 from moe_compiler.hessians import HessianWindows
+from moe_compiler.kernels.experts import PackedExpertLinear
 from moe_compiler.passes.base import NoProgress, Progress
 from moe_compiler.passes.calibrate import observe_datasets
 from moe_compiler.passes.capture import capture_moe_blocks, expert_weight
+from moe_compiler.passes.hidden import hidden_moments, make_up
 from moe_compiler.passes.plan import PrecisionPlan
 from moe_compiler.passes.quantize import blend_hessians, quantize_experts
 
@@ -43,14 +45,26 @@ def quantize_at_widths(
     blocks = capture_moe_blocks(copied, example)
     statistics = observe_datasets(copied, blocks, datasets, tokens_per_batch=config.tokens_per_batch, progress=progress)
     hessians = HessianWindows(copied, blocks, datasets, config, progress)
+    count = {path: torch.stack([one.count for one in found.values()]).sum(0) for path, found in statistics.items()}
     for window in hessians.windows():
-        found = hessians.collect(window)
+        found, first = hessians.collect(window), {}
         for path, block in window.items():
-            count = torch.stack([one.count for one in statistics[path].values()]).sum(0)
-            for projection in block.spec.projections:
-                weight = expert_weight(block.experts, block.spec, projection.name)
-                hessian = blend_hessians(found[path][projection.name], count).hessian
-                widths = plan.layers[path].bits[projection.name]
-                quantized = quantize_experts("gptq", weight, hessian, widths, config.group_size)
-                weight.copy_(quantized.dequantize())
+            name = block.spec.projections[0].name
+            weight, bits = expert_weight(block.experts, block.spec, name), plan.layers[path].bits[name]
+            first[path] = _quantize(weight, found[path][name], count[path], bits, config.group_size)
+        hidden = hidden_moments(copied, window, first, datasets, tokens_per_batch=config.tokens_per_batch)
+        for path, block in window.items():
+            one, other = (expert_weight(block.experts, block.spec, p.name) for p in block.spec.projections)
+            one.copy_(first[path].dequantize())
+            target = make_up(other, hidden[path], count[path])
+            bits = plan.layers[path].bits[block.spec.projections[1].name]
+            second = _quantize(target, hidden[path].hessian, count[path], bits, config.group_size)
+            other.copy_(second.dequantize())
     return copied
+
+
+def _quantize(
+    weight: Tensor, hessian: Tensor, count: Tensor, bits: Sequence[int], group_size: int
+) -> PackedExpertLinear:
+    blended = blend_hessians(hessian, count).hessian
+    return PackedExpertLinear.from_quantized(quantize_experts("gptq", weight, blended, bits, group_size))

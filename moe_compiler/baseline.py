@@ -52,7 +52,8 @@ def uniform_baseline(
 ) -> UniformBaseline:
     """Quantizes every expert weight at one width, 3 bits included, into a copy of the model with dequantized weights.
 
-    The quantizer, its Hessians and its groups are those of `dynamo_compile` with the same configuration.
+    The quantizer, its Hessians and its groups are those of `dynamo_compile` with the same configuration; second linears
+    are not fitted to what quantized first ones give them, as in plain GPTQ.
 
     Args:
         model: the model; it is not changed.
