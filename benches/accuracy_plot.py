@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +69,7 @@ def _series_name(row: Row) -> str:
         return row.name.partition(" @ ")[0].removesuffix(", adapted")
     if row.suite in ("rules", "single"):
         return ""
-    return row.name.rpartition("-")[0] or row.name
+    return re.sub(r"-\d+$", "", row.name)
 
 
 def _rule_name(row: Row) -> str:

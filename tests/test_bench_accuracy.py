@@ -413,3 +413,10 @@ def test_resuming_with_other_options_is_refused(tmp_path: Path, monkeypatch: pyt
     assert rows[0].status == "ok"
     assert "`target_bits` must be at least" in rows[1].status
     json.dumps([dict(one.settings) for one in rows])
+
+
+def test_the_plot_joins_rows_that_differ_in_bits_only() -> None:
+    names = ("gptqmodel-3", "gptqmodel-2", "gptqmodel-mixed", "auto-round", "hqq")
+    rows = [row(name, "peers", effective_bits=3.0) for name in names]
+    found = {one.name: len(one.rows) for one in bench("accuracy_plot").series_of(rows)}
+    assert found == {"gptqmodel": 2, "gptqmodel-mixed": 1, "auto-round": 1, "hqq": 1}
