@@ -2,9 +2,10 @@
 
 `--model` is the embedded model or any folder that transformers can load, calibrated on text. `--shape` is one layer of
 random weights at OLMoE-1B-7B's sizes in bfloat16, calibrated on random tokens. The estimate for all layers multiplies
-what every layer costs, and counts the forward passes: for each window of layers whose Hessians fit
-`hessian_memory_bytes`, all layers run once to collect them, once more where widths are measured as well, and once to
-compare the inputs of the second linears with and without a quantized first one.
+what every layer costs, and with `--experts` fewer than the model's what every expert costs (a token takes as many as
+ever). It counts the forward passes: for each window of layers whose Hessians fit `hessian_memory_bytes`, all layers run
+once to collect them, once more where widths are measured as well, and once to compare the inputs of the second linears
+with and without a quantized first one.
 
 Run: python benches/bench_compile_time.py
 """
@@ -33,6 +34,7 @@ SHAPE = "OLMoE-1B-7B"
 TEXTS = ("docs", "code")
 OBSERVING, HESSIANS, COMPARING = "observing", "collecting Hessians", "comparing"
 REST, TOTAL = "everything else", "in all"
+PER_EXPERT = ("measuring widths", "quantizing")  # steps whose time grows with the experts, not with tokens
 
 
 @dataclass(frozen=True)
@@ -118,8 +120,18 @@ def measure(model: Any, calibration: dict[str, Any]) -> dict[str, float]:
 
 
 def rows_of_shape(options: argparse.Namespace, device: torch.device) -> list[CompileTimeRow]:
-    """One layer measured, all of them estimated."""
+    """One layer measured, all of them estimated.
+
+    Raises:
+        ValueError: `experts` are fewer than a token takes, or more than there are.
+    """
     config = model_config(1, options.quick)
+    full, config.num_experts = config.num_experts, options.experts or config.num_experts
+    if not config.num_experts_per_tok <= config.num_experts <= full:
+        raise ValueError(
+            f"`experts` must lie between the {config.num_experts_per_tok} of a token and the {full} of {SHAPE}, "
+            f"but is {config.num_experts}"
+        )
     model = build_original(config, device)
     generator = torch.Generator().manual_seed(0)
     samples = torch.randint(2, config.vocab_size, (-(-options.tokens // WINDOW), WINDOW), generator=generator)
@@ -127,13 +139,15 @@ def rows_of_shape(options: argparse.Namespace, device: torch.device) -> list[Com
     del one[TOTAL]
     default = CompileConfig()
     experts, hidden, inner = config.num_experts, config.hidden_size, config.intermediate_size
-    per_window = layers_per_window(hidden, inner, experts, default.hessian_memory_bytes)
+    per_window = layers_per_window(hidden, inner, full, default.hessian_memory_bytes)
     passes = 2 if default.strategy == "budget" else 1
-    every = estimate(one, FULL_LAYERS, per_window, passes)
+    layer = {step: seconds * (full / experts if step in PER_EXPERT else 1) for step, seconds in one.items()}
+    every = estimate(layer, FULL_LAYERS, per_window, passes)
     one[TOTAL], every[TOTAL] = sum(one.values()), sum(every.values())
     weights = experts * 3 * hidden * inner
+    name = f"{SHAPE}, one layer" + (f" with {experts} of {full} experts" if experts < full else "")
     return [
-        CompileTimeRow(f"{SHAPE}, one layer", 1, weights, samples.numel(), step, seconds, FULL_LAYERS, every[step])
+        CompileTimeRow(name, 1, weights, samples.numel(), step, seconds, FULL_LAYERS, every[step])
         for step, seconds in one.items()
     ]
 
@@ -164,6 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     which.add_argument("--shape", choices=(SHAPE,), help="random weights at its sizes")
     parser.add_argument("--calibration", nargs="+", default=TEXTS, help="text files or embedded domains")
     parser.add_argument("--tokens", type=int, default=16384, help="of each text, or random ones for --shape")
+    parser.add_argument("--experts", type=int, help="of the layer for --shape; all by default, which takes longer")
     parser.add_argument("--device", help="cpu or cuda; the default is the GPU where there is one")
     parser.add_argument("--csv", help="file to write")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that everything runs")

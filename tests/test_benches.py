@@ -139,6 +139,18 @@ def test_compile_time_bench_at_a_real_shape(tmp_path: Path, capsys: pytest.Captu
     assert "16 layers, estimated, s" in capsys.readouterr().out
 
 
+def test_compile_time_bench_with_fewer_experts(tmp_path: Path) -> None:
+    path, module = tmp_path / "time.csv", bench("bench_compile_time")
+    arguments = ["--quick", "--shape", "OLMoE-1B-7B", "--device", "cpu", "--csv", str(path), "--experts"]
+    assert module.main([*arguments, "2"]) == 0
+    rows = {row["step"]: row for row in read_csv(path, module.CompileTimeRow)}
+    assert rows["quantizing"]["model"] == "OLMoE-1B-7B, one layer with 2 of 4 experts"
+    for step, factor in (("quantizing", 32), ("measuring widths", 32), ("observing", 16)):
+        assert float(rows[step]["all_seconds"]) == pytest.approx(factor * float(rows[step]["seconds"]))
+    with pytest.raises(ValueError, match=r"`experts` must lie between the 2 of a token and the 4 of .*, but is 1"):
+        module.main([*arguments, "1"])
+
+
 def test_the_estimated_time_counts_the_passes_of_every_window() -> None:
     module = bench("bench_compile_time")
     assert module.layers_per_window(2048, 1024, 64, 6 << 30) == 2
