@@ -148,7 +148,8 @@ class CompiledLinear:
     Attributes:
         packed: its packed form, the pool filled.
         master: its original weights.
-        blended: the experts that saw too few tokens and took part of the layer's pooled Hessian.
+        blended: the experts that saw too few tokens and took part of the layer's pooled Hessian, `None` where no
+            Hessians were used.
     """
 
     packed: PackedExpertLinear
